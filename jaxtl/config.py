@@ -1,0 +1,343 @@
+"""The experiment: frozen dataclasses, single-field overrides, and their JSON form.
+
+An experiment is a value. `experiments/NAME.py` returns one, `--set path.to.field=value` replaces single fields,
+and the result, written to the run folder as `experiment.json`, is enough to repeat the run.
+"""
+
+import ast
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jaxtl.errors import UserError, suggest
+from jaxtl.training import freeze
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What is put on the backbone.
+
+    Attributes:
+        kind: `mlp` (dense, ReLU, dropout, dense: the study's image head) or `fc` (one dense layer).
+        reads: what the head takes from the backbone. Transformers: `cls` (the normalised class token),
+            `cls_patches` (class token and mean of the patches), `logits` (the pretrained classifier's output,
+            DeiT: the mean of its two heads). VGG19: `flatten` (the last feature map), or `logits`.
+        hidden: width of the hidden layer of `mlp`.
+        dropout: dropout rate before the last dense layer.
+    """
+
+    kind: Literal["mlp", "fc"] = "mlp"
+    reads: Literal["cls", "cls_patches", "logits", "flatten"] = "cls"
+    hidden: int = 256
+    dropout: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network.
+
+    Attributes:
+        preset: architecture and size, one of `jaxtl.models.presets.PRESETS`; or `from_weights`: family and size
+            are those of the `config.json` beside the weights.
+        weights: a Hugging Face repo id, a local folder in that layout, a single checkpoint file, a finished run
+            folder of jaxtl, `random`, or (in a suite) `suite:NAME` for the run of an earlier member.
+        image_size: side of the square image the model sees, in pixels.
+        head: what reads the backbone.
+    """
+
+    preset: str
+    weights: str = "random"
+    image_size: int = 224
+    head: Head = Head()
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the examples come from and how they are prepared.
+
+    Attributes:
+        source: `tfds`, `folder` (one folder a class), `digits` (the 8x8 images that scikit-learn ships), or
+            `auto`: what `dir` holds, tfds where `dir` is empty.
+        name: data set name, for tfds.
+        dir: the tfds data dir, or the image folder. Empty: the tfds default.
+        download: let tfds fetch a data set that is not there.
+        train_split, eval_split: names of the two splits, for tfds.
+        train_size, eval_size: draw this many examples, stratified by class; None takes all.
+        eval_fraction: the part split off by seed for evaluation where the source has no held-out split.
+        subset_seed: fixes which examples are drawn. Apart from `train.seed`, so that repetitions of a run
+            see the same examples.
+        classes: keep these classes only, by name, numbered in this order; empty keeps all.
+        resize: `stretch` to a square, or `crop`: shorter side to size, then the centre.
+        scale: pixel values given to the model: `unit` [0, 1], `half` [-1, 1] (mean and deviation 0.5), or
+            `imagenet` (ImageNet mean and deviation per channel).
+        augment: `none`, `flip` (left-right), or `crop_flip` (random resized crop and flip), drawn inside the
+            compiled step.
+    """
+
+    source: Literal["auto", "tfds", "folder", "digits"] = "auto"
+    name: str = ""
+    dir: str = ""
+    download: bool = True
+    train_split: str = "train"
+    eval_split: str = "test"
+    train_size: int | None = None
+    eval_size: int | None = None
+    eval_fraction: float = 0.2
+    subset_seed: int = 0
+    classes: tuple[str, ...] = ()
+    resize: Literal["stretch", "crop"] = "stretch"
+    scale: Literal["unit", "half", "imagenet"] = "unit"
+    augment: Literal["none", "flip", "crop_flip"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """The optimiser.
+
+    Attributes:
+        name: `adam`, `adamw` (weight decay on matrices and kernels only) or `sgd` (Nesterov momentum 0.9).
+        learning_rate: the peak rate.
+        schedule: after the warm-up, `constant`, or `linear` or `cosine` decay to zero over the run.
+        warmup: fraction of all steps with a linearly rising rate.
+        weight_decay: for `adamw`.
+        clip_norm: clip the global norm of the trainable gradients to this; 0 is off.
+        multipliers: (group, factor) pairs: learning rate of a freeze-rule group relative to `learning_rate`.
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    multipliers: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The loop.
+
+    Attributes:
+        epochs: passes over the training examples.
+        max_steps: stop after this many steps, evaluate and finish; None is no limit.
+        batch_size, eval_batch_size: examples a step, over all devices.
+        seed: fixes data order, initialisation, dropout and augmentation.
+        precision: compute dtype of the matrix products; parameters, normalisation and softmax stay float32.
+        log_every: steps between training lines in metrics.jsonl.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 64
+    eval_batch_size: int = 64
+    seed: int = 0
+    precision: Precision = "float32"
+    log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run, whole: everything but the folder it writes to.
+
+    Attributes:
+        freeze: ordered rules (pattern, group), see `jaxtl.training.freeze`; group None is frozen.
+        reported: figures of the original study, to compare with; empty where there are none.
+    """
+
+    model: Model
+    data: Data
+    freeze: freeze.Rules = freeze.train_all()
+    optim: Optim = Optim()
+    train: Train = Train()
+    reported: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Experiments that belong together, run in order and compared at the end.
+
+    A member may start from an earlier one's trained weights: `model.weights="suite:NAME"`.
+    """
+
+    members: tuple[tuple[str, Experiment], ...]
+
+
+# --- overrides -------------------------------------------------------------------------------------------
+
+
+def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
+    """Returns the experiment with each `path.to.field=value` applied, in order.
+
+    Raises:
+        UserError: no '=', an unknown field (the nearest and all valid ones are named), a value of the wrong type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: write it as path.to.field=value")
+        experiment = _replace(experiment, path.strip().split("."), text.strip(), path.strip())
+    return experiment
+
+
+def _replace(node: Any, path: list[str], text: str, full: str) -> Any:
+    hints = typing.get_type_hints(type(node))
+    name, rest = path[0], path[1:]
+    if name not in hints:
+        prefix = full[: len(full) - len(".".join(path))]
+        valid = ", ".join(prefix + field for field in hints)
+        raise UserError(f"--set {full}: there is no such field{suggest(name, hints)}; valid here: {valid}")
+    value = getattr(node, name)
+    if dataclasses.is_dataclass(value):
+        if not rest:
+            fields = ", ".join(f"{full}.{field.name}" for field in dataclasses.fields(value))
+            raise UserError(f"--set {full}: this is a group of fields; set one of {fields}")
+        return dataclasses.replace(node, **{name: _replace(value, rest, text, full)})
+    if rest:
+        raise UserError(f"--set {full}: {'.'.join(full.split('.')[: -len(rest)])} has no fields below it")
+    try:
+        parsed = _parse(text, hints[name])
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"--set {full}={text}: {error}") from None
+    return dataclasses.replace(node, **{name: parsed})
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """Returns `text` as a value of type `hint`; raises ValueError saying what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if text not in args:
+            raise ValueError(f"expected one of {', '.join(args)}{suggest(text, args)}")
+        return text
+    if origin is types.UnionType:  # every union here is `X | None`
+        return None if text.lower() in ("none", "null", "all") else _parse(text, args[0])
+    if hint is bool:
+        choices = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in choices:
+            raise ValueError("expected true or false")
+        return choices[text.lower()]
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ValueError(f"expected {'a whole number' if hint is int else 'a number'}") from None
+    if hint is str:
+        return text
+    if hint == freeze.Rules:
+        return freeze.parse(text)
+    if hint == tuple[str, ...]:
+        return tuple(item.strip() for item in text.split(",") if item.strip())
+    try:
+        return _decode(ast.literal_eval(text), hint)
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError('expected pairs, as in (("head", 10.0),)') from None
+
+
+# --- validation ------------------------------------------------------------------------------------------
+
+_POSITIVE = "greater than zero", lambda value: value > 0
+_FRACTION = "at least 0 and below 1", lambda value: 0 <= value < 1
+_NOT_NEGATIVE = "zero or more", lambda value: value >= 0
+
+_CHECKS = {
+    "model.image_size": _POSITIVE,
+    "model.head.hidden": _POSITIVE,
+    "model.head.dropout": _FRACTION,
+    "data.train_size": _POSITIVE,
+    "data.eval_size": _POSITIVE,
+    "data.eval_fraction": ("above 0 and below 1", lambda value: 0 < value < 1),
+    "data.subset_seed": _NOT_NEGATIVE,
+    "optim.learning_rate": _POSITIVE,
+    "optim.warmup": _FRACTION,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.clip_norm": _NOT_NEGATIVE,
+    "train.epochs": _POSITIVE,
+    "train.max_steps": _POSITIVE,
+    "train.batch_size": _POSITIVE,
+    "train.eval_batch_size": _POSITIVE,
+    "train.seed": _NOT_NEGATIVE,
+    "train.log_every": _POSITIVE,
+}
+
+
+def validate(experiment: Experiment) -> None:
+    """Checks every field's range; raises one UserError that lists all fields out of range."""
+    wrong = []
+    for path, (rule, holds) in _CHECKS.items():
+        value: Any = experiment
+        for name in path.split("."):
+            value = getattr(value, name)
+        if value is not None and not holds(value):  # NaN fails every comparison
+            wrong.append(f"{path}={value} must be {rule}")
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+# --- JSON ------------------------------------------------------------------------------------------------
+
+
+def to_json(experiment: Experiment) -> str:
+    """Returns the experiment as indented JSON; `from_json` is the inverse."""
+    return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
+
+
+def from_json(text: str, where: str) -> Experiment:
+    """Reads what `to_json` wrote. `where` names the file in errors.
+
+    Raises:
+        UserError: not JSON, or not an experiment.
+    """
+    try:
+        return _decode(json.loads(text), Experiment)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} is not an experiment of this version of jaxtl: {error}") from None
+
+
+def differences(a: Experiment, b: Experiment) -> list[str]:
+    """Returns the paths of the fields in which two experiments differ."""
+    return _differences(dataclasses.asdict(a), dataclasses.asdict(b), "")
+
+
+def _differences(a: dict, b: dict, prefix: str) -> list[str]:
+    paths = []
+    for name, value in a.items():
+        if isinstance(value, dict):
+            paths += _differences(value, b[name], f"{prefix}{name}.")
+        elif value != b[name]:
+            paths.append(prefix + name)
+    return paths
+
+
+def _decode(value: Any, hint: Any) -> Any:
+    """Returns plain data (JSON, a Python literal) as a value of type `hint`; raises ValueError or TypeError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        if not isinstance(value, dict):
+            raise ValueError(f"{hint.__name__} must be an object")
+        if unknown := sorted(set(value) - set(hints)):
+            raise ValueError(f"{hint.__name__} has no field {', '.join(unknown)}")
+        return hint(**{name: _decode(item, hints[name]) for name, item in value.items()})
+    if origin is types.UnionType:
+        return None if value is None else _decode(value, args[0])
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"expected a list, found {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_decode(item, args[0]) for item in value)
+        if len(value) != len(args):
+            raise ValueError(f"expected {len(args)} items, found {value!r}")
+        return tuple(_decode(item, kind) for item, kind in zip(value, args, strict=True))
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{value!r} is none of {', '.join(args)}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"expected {hint.__name__}, found {value!r}")
+    return value

@@ -56,7 +56,7 @@ def parse(text: str) -> Rules:
     Raises:
         ValueError: neither of the two.
     """
-    expected = f"expected one of {', '.join(_SHORTHANDS)}, as in train_from(\"block_12\"), or a list of pairs"
+    expected = f'expected one of {", ".join(_SHORTHANDS)}, as in train_from("block_12"), or a list of pairs'
     try:
         node = ast.parse(text, mode="eval").body
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:

@@ -1,0 +1,47 @@
+"""Heads: what reads the backbone and gives logits [batch, classes] in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtl.models import layers
+
+# What a head may read, from the output of the backbone's last stage.
+READERS = {
+    "cls": lambda x: x[:, 0],
+    "cls_patches": lambda x: jnp.concatenate([x[:, 0], x[:, 1:].mean(axis=1)], axis=-1),
+    "logits": lambda x: x,
+    "flatten": lambda x: x.reshape(x.shape[0], -1),
+}
+
+
+class Head(nnx.Module):
+    """`fc`: dropout, dense. `mlp`: dense, ReLU, dropout, dense.
+
+    Kernels start from Glorot's uniform distribution, biases from zero, as Keras's Dense does.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        reads: str,
+        *,
+        inputs: int,
+        hidden: int,
+        classes: int,
+        dropout: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.glorot_uniform()
+        if kind == "mlp":
+            self.hidden = layers.Dense(inputs, hidden, init=init, dtype=dtype, rngs=rngs)
+            inputs = hidden
+        self.output = layers.Dense(inputs, classes, init=init, dtype=dtype, rngs=rngs)
+        self.kind, self.reads, self.dropout = kind, reads, dropout
+
+    def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        x = READERS[self.reads](x)
+        if self.kind == "mlp":
+            x = jax.nn.relu(self.hidden(x))
+        return self.output(layers.dropout(x, self.dropout, rng)).astype(jnp.float32)

@@ -1,0 +1,83 @@
+"""The architecture that a `config.json` describes: Hugging Face's, and timm's for VGG19."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxtl.errors import UserError
+from jaxtl.models.layers import ACTIVATIONS
+from jaxtl.models.presets import Config
+from jaxtl.models.vgg import VGGConfig
+from jaxtl.models.vit import ViTConfig
+
+
+def read_config(folder: Path) -> Config:
+    """Returns the config of the checkpoint in a folder.
+
+    Raises:
+        UserError: `config.json` is missing, unreadable, or describes a model that jaxtl does not have.
+    """
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it says which architecture the weights beside it have") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is not a model config: it must hold a JSON object")
+    if fields.get("architecture") == "vgg19":  # timm
+        return VGGConfig(classes=fields.get("num_classes", 1000))
+    model_type = fields.get("model_type")
+    if model_type not in ("vit", "deit", "dinov2"):
+        described = fields.get("architecture") or model_type or "no model_type"
+        raise UserError(f"{path} describes {described!r}; jaxtl has vit, deit, dinov2 and timm's vgg19")
+    from transformers import AutoConfig  # fills in what the file leaves to the defaults
+
+    try:
+        return _vit(AutoConfig.for_model(**fields), path)
+    except UserError:
+        raise
+    except Exception as error:  # transformers validates with several kinds of exception
+        raise UserError(f"{path} is not a valid {model_type} config: {error}") from None
+
+
+def _vit(fields: Any, path: Path) -> ViTConfig:
+    unsupported = [
+        f"{name}={value!r}"
+        for name, value, supported in (
+            ("num_channels", fields.num_channels, fields.num_channels == 3),
+            ("hidden_act", fields.hidden_act, fields.hidden_act in ACTIVATIONS),
+            ("drop_path_rate", getattr(fields, "drop_path_rate", 0.0), not getattr(fields, "drop_path_rate", 0.0)),
+        )
+        if not supported
+    ]
+    if unsupported:
+        raise UserError(f"{path}: jaxtl does not have {', '.join(unsupported)}")
+    dinov2 = fields.model_type == "dinov2"
+    swiglu = dinov2 and fields.use_swiglu_ffn
+    mlp_width = int(fields.hidden_size * fields.mlp_ratio) if dinov2 else fields.intermediate_size
+    if swiglu:  # two thirds, rounded up to a multiple of 8
+        mlp_width = (int(mlp_width * 2 / 3) + 7) // 8 * 8
+    with_classifier = not dinov2 and any("ForImageClassification" in name for name in fields.architectures or ())
+    return ViTConfig(
+        family=fields.model_type,
+        width=fields.hidden_size,
+        depth=fields.num_hidden_layers,
+        heads=fields.num_attention_heads,
+        mlp_width=mlp_width,
+        patch_size=_side(fields.patch_size),
+        image_size=_side(fields.image_size),
+        classes=fields.num_labels if with_classifier else None,
+        activation=fields.hidden_act,
+        norm_epsilon=fields.layer_norm_eps,
+        qkv_bias=fields.qkv_bias,
+        layer_scale=fields.layerscale_value if dinov2 else None,
+        swiglu=swiglu,
+        hidden_dropout=fields.hidden_dropout_prob,
+        attention_dropout=fields.attention_probs_dropout_prob,
+    )
+
+
+def _side(size: Any) -> int:
+    return size if isinstance(size, int) else size[0]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxtl.errors import UserError, suggest
-from jaxtl.training import freeze
+from jaxtl.training import freeze as freezing
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -151,7 +151,7 @@ class Experiment:
 
     model: Model
     data: Data
-    freeze: freeze.Rules = freeze.train_all()
+    freeze: freezing.Rules = freezing.train_all()
     optim: Optim = Optim()
     train: Train = Train()
     reported: tuple[tuple[str, float], ...] = ()
@@ -227,8 +227,8 @@ def _parse(text: str, hint: Any) -> Any:
             raise ValueError(f"expected {'a whole number' if hint is int else 'a number'}") from None
     if hint is str:
         return text
-    if hint == freeze.Rules:
-        return freeze.parse(text)
+    if hint == freezing.Rules:
+        return freezing.parse(text)
     if hint == tuple[str, ...]:
         return tuple(item.strip() for item in text.split(",") if item.strip())
     try:

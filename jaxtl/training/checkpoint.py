@@ -52,7 +52,9 @@ def restore(workdir: Path) -> dict[str, np.ndarray]:
 def _manager(workdir: Path) -> Iterator[ocp.CheckpointManager]:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each of its stages
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options)
+    manager = ocp.CheckpointManager(
+        (workdir / FOLDER).absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options
+    )
     try:
         yield manager
     finally:

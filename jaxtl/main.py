@@ -1,0 +1,86 @@
+"""Trains and evaluates an experiment.
+
+    python -m jaxtl.main --list
+    python -m jaxtl.main --experiment=quickstart
+    python -m jaxtl.main --experiment=deit_cifar10 --explain
+    python -m jaxtl.main --experiment=deit_cifar10 --set train.epochs=8 --set data.dir=DIR --workdir=runs/longer
+
+An experiment is a small Python file that returns a dataclass; --set replaces single fields of it. The run folder
+holds experiment.json (the resolved experiment), metrics.jsonl, checkpoints/ and result.json. Giving the same command
+again reports a finished run.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from jaxtl.errors import UserError, suggest
+
+_EXPERIMENT = flags.DEFINE_string(
+    "experiment", None, "What to run: a name from --list, the path of a .py file, or of a run's experiment.json."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run folder. Default: runs/NAME.")
+_SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "path.to.field=value replaces one field of the experiment; repeat for more. In a suite, MEMBER.path.to.field=value "
+    "is for one member.",
+)
+_LIST = flags.DEFINE_bool("list", False, "Show all experiments: name, what it is, expected result.")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "Show what would be trained, on what, and how; then exit.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Move an existing run folder aside and start anew.")
+
+
+def run(argv: list[str]) -> None:
+    """Does what the flags say; raises UserError for what the user can mend."""
+    if len(argv) > 1:
+        raise UserError(f"what is {argv[1]!r}? All arguments are flags; --help shows them")
+    # Slow imports come after the flags have been read: --help answers at once.
+    from jaxtl import experiments
+    from jaxtl.evaluation import compare
+    from jaxtl.training import explain, suite
+
+    if _LIST.value:
+        compare.show(["experiment", "what it is", "expected"], list(experiments.describe_all()))
+        return
+    if not _EXPERIMENT.value:
+        raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
+    chosen = suite.override(experiments.load(_EXPERIMENT.value), _SET.value)
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / _default_name(Path(_EXPERIMENT.value))
+    if _EXPLAIN.value:
+        explain.explain(chosen, workdir)
+    else:
+        suite.run(chosen, workdir, overwrite=_OVERWRITE.value)
+
+
+def _default_name(experiment: Path) -> str:
+    # A run's experiment.json is named by its folder, and repeated beside it.
+    return f"{experiment.resolve().parent.name}-again" if experiment.suffix == ".json" else experiment.stem
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        ours = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])]
+        _fail(f"there is no flag --{error.flagname}{suggest(error.flagname, ours)}; --help shows all")
+    except flags.Error as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"jaxtl: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv: list[str]) -> None:
+    """Runs, and turns errors that the user can mend into one line and exit status 2."""
+    try:
+        run(argv)
+    except UserError as error:
+        _fail(str(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

@@ -1,0 +1,80 @@
+"""What is shown while work goes on: a bar on a terminal, plain lines elsewhere. All on standard error."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+_LINE_EVERY = 10.0  # seconds between plain lines
+
+
+def say(text: str) -> None:
+    """Prints a line for the person watching."""
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+
+
+class Bar:
+    """Progress of one long piece of work: `advance` as it goes on, inside a `with` block.
+
+    On a terminal a bar with count, time gone and time left; elsewhere a line every ten seconds.
+    """
+
+    def __init__(self, description: str, total: int):
+        self._description, self._total = description, total
+        self._done, self._note, self._last = 0, "", time.monotonic()
+        self._start = self._last
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(description, total=total, note="")
+
+    def __enter__(self) -> "Bar":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Counts `count` more as done, and shows `note` (loss, speed) beside the bar."""
+        self._done += count
+        self._note = self._note if note is None else note
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, note=self._note)
+            return
+        now = time.monotonic()
+        if now - self._last >= _LINE_EVERY:
+            self._last = now
+            left = (now - self._start) / self._done * (self._total - self._done)
+            say(f"{self._description} {self._done}/{self._total} {self._note} {_duration(left)} left")
+
+
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Yields the items, showing how many have been taken."""
+    with Bar(description, total) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,1 @@
+"""What would be trained, on what, and how: printed before anything is."""

@@ -15,7 +15,7 @@ from jaxtl.config import Data, Experiment, Head, Model, Optim, Suite, Train
 from jaxtl.training.freeze import train_all, train_from, train_head_only
 
 DIGITS = Data(source="digits", eval_fraction=0.3, scale="half")
-MODEL = Model(preset="vit_nano_patch4_32", image_size=32, head=Head(kind="fc", reads="cls", dropout=0.0))
+MODEL = Model(preset="vit_nano_patch2_8", image_size=8, head=Head(kind="fc", reads="cls", dropout=0.0))
 
 
 def experiment() -> Suite:

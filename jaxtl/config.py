@@ -128,6 +128,7 @@ class Train:
         batch_size, eval_batch_size: examples a step, over all devices.
         seed: fixes data order, initialisation, dropout and augmentation.
         precision: compute dtype of the matrix products; parameters, normalisation and softmax stay float32.
+        eval_every: epochs between evaluations; the last one is always evaluated.
         log_every: steps between training lines in metrics.jsonl.
     """
 
@@ -137,7 +138,21 @@ class Train:
     eval_batch_size: int = 64
     seed: int = 0
     precision: Precision = "float32"
+    eval_every: int = 1
     log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What may be computed once.
+
+    Attributes:
+        cache: keep the activations after the frozen prefix: `auto` where it pays and fits, `on` insists, `off`.
+        cache_budget_gb: memory that they may take, in gigabytes.
+    """
+
+    cache: Literal["auto", "on", "off"] = "auto"
+    cache_budget_gb: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +169,7 @@ class Experiment:
     freeze: freezing.Rules = freezing.train_all()
     optim: Optim = Optim()
     train: Train = Train()
+    plan: Plan = Plan()
     reported: tuple[tuple[str, float], ...] = ()
 
 
@@ -255,11 +271,13 @@ _CHECKS = {
     "optim.warmup": _FRACTION,
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.clip_norm": _NOT_NEGATIVE,
+    "plan.cache_budget_gb": _NOT_NEGATIVE,
     "train.epochs": _POSITIVE,
     "train.max_steps": _POSITIVE,
     "train.batch_size": _POSITIVE,
     "train.eval_batch_size": _POSITIVE,
     "train.seed": _NOT_NEGATIVE,
+    "train.eval_every": _POSITIVE,
     "train.log_every": _POSITIVE,
 }
 

@@ -13,7 +13,7 @@ again reports a finished run.
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxtl.errors import UserError, suggest
 
@@ -41,6 +41,8 @@ def run(argv: list[str]) -> None:
     from jaxtl.evaluation import compare
     from jaxtl.training import explain, suite
 
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # libraries report each of their stages
     if _LIST.value:
         compare.show(["experiment", "what it is", "expected"], list(experiments.describe_all()))
         return

@@ -66,7 +66,7 @@ class Bar:
             say(f"{self._description} {self._done}/{self._total} {self._note} {_duration(left)} left")
 
 
-def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """Yields the items, showing how many have been taken."""
     with Bar(description, total) as bar:
         for item in items:

@@ -6,6 +6,7 @@ what was drawn, once, into one uint8 array per split.
 
 import dataclasses
 import io
+import itertools
 import math
 import os
 import re
@@ -163,6 +164,7 @@ def _draw(listing: _Listing, size: int, seed: int, setting: str) -> tuple[np.nda
 
 # --- sources ---------------------------------------------------------------------------------------------
 
+_HELD_OUT = ("val", "validation", "test")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _FOLDER_LAYOUT = (
     "an image folder is DIR/train/CLASS/IMAGE beside DIR/val/CLASS/IMAGE (or validation, or test), or "
@@ -181,7 +183,10 @@ def _detect(data: config.Data) -> str:
     if root.is_dir() and any(next(_images(folder, root), None) for folder in _folders(root)):
         return "folder"
     missing = "has neither layout" if root.is_dir() else "is not a folder"
-    raise UserError(f"data.dir={data.dir} {missing}: {_TFDS_LAYOUT}; {_FOLDER_LAYOUT}")
+    raise UserError(
+        f"data.dir={data.dir} {missing}: {_TFDS_LAYOUT} (set data.source=tfds to have one prepared there); "
+        f"{_FOLDER_LAYOUT}"
+    )
 
 
 def _digits(data: config.Data, show_progress: Track) -> list[_Listing]:
@@ -197,8 +202,8 @@ def _image_folder(data: config.Data, show_progress: Track) -> list[_Listing]:
     root = Path(data.dir).expanduser().resolve()
     if not data.dir or not root.is_dir():
         raise UserError(f"data.dir={data.dir!r} is not a folder: {_FOLDER_LAYOUT}")
-    folders = {folder.name: folder for folder in _folders(root)}
-    held_out = [name for name in (data.eval_split, "val", "validation", "test") if name in folders]
+    folders = {folder.name.lower(): folder for folder in _folders(root)}
+    held_out = [name for name in (data.eval_split, *_HELD_OUT) if name in folders]
     if "train" in folders and _folders(folders["train"]):
         splits = [folders["train"], *(folders[name] for name in held_out[:1])]
     else:
@@ -207,7 +212,7 @@ def _image_folder(data: config.Data, show_progress: Track) -> list[_Listing]:
     names = tuple(sorted(found[0]))
     if empty := [name for name in names if not found[0][name]]:
         raise UserError(f"{splits[0]}: no images in {', '.join(empty)}; {_FOLDER_LAYOUT}")
-    if len(names) < 2 or set(names) <= {"val", "validation", "test"}:
+    if len(names) < 2 or (splits == [root] and set(folders) <= set(_HELD_OUT)):
         raise UserError(f"{splits[0]} holds {', '.join(names) or 'no folders'}: {_FOLDER_LAYOUT}")
     if unknown := sorted(set(found[-1]) - set(names)):
         raise UserError(f"{splits[-1]} has classes that {splits[0]} has not: {', '.join(unknown)}")
@@ -220,8 +225,7 @@ def _image_folder(data: config.Data, show_progress: Track) -> list[_Listing]:
         paths = [path for path, _ in pairs]
         labels = np.array([label for _, label in pairs], np.int32)
         ids = [path.relative_to(root).as_posix() for path in paths]
-        read = lambda run: [partial(Image.open, path) for path in run]  # noqa: E731
-        listings.append(_Listing(labels, names, ids, paths, read))
+        listings.append(_Listing(labels, names, ids, paths, lambda run: [partial(Image.open, path) for path in run]))
     return listings
 
 
@@ -243,10 +247,11 @@ def _images(folder: Path, root: Path) -> Iterator[Path]:
 def _entries(folder: Path) -> Iterator[Path]:
     """Yields what lies in `folder`, sorted, not hidden; a symbolic link to a folder is an error."""
     for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
         if path.is_symlink() and path.is_dir():
             raise UserError(f"{path} is a symbolic link to a folder; links are not followed, move the folder there")
-        if not path.name.startswith("."):
-            yield path
+        yield path
 
 
 # tfds prepares data sets with tensorflow, which jaxtl never imports: it would take the accelerator's memory. So it is
@@ -383,7 +388,7 @@ def _image_and_label(tfds: Any, info: Any) -> tuple[str, str]:
     """Returns the keys of the image and of the label: the supervised ones, else the only ones of their types."""
 
     def is_image(feature: Any) -> bool:
-        return isinstance(feature, tfds.features.Image) and feature.np_dtype.kind == "u"
+        return isinstance(feature, tfds.features.Image) and np.dtype(feature.np_dtype).kind == "u"
 
     def is_label(feature: Any) -> bool:
         return isinstance(feature, tfds.features.ClassLabel) and bool(feature.num_classes)
@@ -396,7 +401,8 @@ def _image_and_label(tfds: Any, info: Any) -> tuple[str, str]:
     images = [key for key, feature in info.features.items() if is_image(feature)]
     labels = [key for key, feature in info.features.items() if is_label(feature)]
     if len(images) != 1 or len(labels) != 1:
-        raise UserError(f"{info.full_name} is not an image classification set: its features are {info.features}")
+        features = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in info.features.items())
+        raise UserError(f"{info.full_name} has not one image and one class label, but {features}")
     return images[0], labels[0]
 
 
@@ -406,7 +412,7 @@ _SOURCES = {"tfds": _tfds, "folder": _image_folder, "digits": _digits}
 
 _MEMORY_LIMIT = 4 << 30  # bytes; more goes to a memory-mapped file
 _NAMED = 20  # unreadable images named in the error
-_RUN = 32  # examples a thread takes at a time: reading records singly costs as much as decoding a small JPEG
+_RUN = 64  # examples a thread takes at a time: reading records singly costs as much as decoding a small JPEG
 
 
 class _SizesDiffer(Exception):
@@ -450,8 +456,9 @@ def _decode_as(
         side, left, top = min(image.size), *((length - min(image.size)) // 2 for length in image.size)
         return image.crop((left, top, left + side, top + side))
 
-    def decode(listing: _Listing, array: np.ndarray, run: range) -> list[str]:
-        unreadable = []
+    def decode(listing: _Listing, array: np.ndarray, run: range) -> list[str | None]:
+        """Fills rows of `array`; returns what is wrong with each image, or None."""
+        faults = []
         for row, opener in zip(run, listing.read(listing.items[run.start : run.stop]), strict=True):
             try:
                 image = _rgb(opener)
@@ -459,7 +466,7 @@ def _decode_as(
                 raise
             except Exception as error:  # damaged files make Pillow raise almost anything
                 reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-                unreadable.append(f"{listing.ids[row]} ({reason})")
+                faults.append(f"{listing.ids[row]} ({reason})")
                 continue
             if native and image.size != native:
                 raise _SizesDiffer
@@ -468,21 +475,20 @@ def _decode_as(
             if image.size != (width, height):
                 image = image.resize((width, height), Image.Resampling.BILINEAR)
             array[row] = np.asarray(image)
-        return unreadable
+            faults.append(None)
+        return faults
 
     unreadable = []
     for listing, array, split in zip(listings, arrays, ("training", "evaluation"), strict=True):
         count = len(listing.labels)
         runs = [range(start, min(start + _RUN, count)) for start in range(0, count, _RUN)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            done = threads.map(partial(decode, listing, array), runs)
-            for messages in show_progress(done, len(runs), f"decoding {split} images"):
-                unreadable += messages
+            done = itertools.chain.from_iterable(threads.map(partial(decode, listing, array), runs))
+            unreadable += filter(None, show_progress(done, count, f"decoding {split} images"))
     if unreadable:
-        more = f"; and {len(unreadable) - _NAMED} more" if len(unreadable) > _NAMED else ""
-        raise UserError(
-            f"{len(unreadable)} unreadable images, repair or remove them: {'; '.join(unreadable[:_NAMED])}{more}"
-        )
+        more = f"; {len(unreadable) - _NAMED} more" if len(unreadable) > _NAMED else ""
+        named = "; ".join(unreadable[:_NAMED])
+        raise UserError(f"unreadable images ({len(unreadable)}), repair or remove them: {named}{more}")
     return arrays
 
 

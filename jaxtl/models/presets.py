@@ -59,7 +59,7 @@ PRESETS: dict[str, Config] = {
     "dinov2_giant": _dinov2("giant"),
     "vgg19": VGGConfig(),
     # Small enough to pretrain in seconds on two cores; of our making, no published weights.
-    "vit_nano_patch4_32": ViTConfig("vit", 64, 4, 4, 256, patch_size=4, image_size=32),
+    "vit_nano_patch2_8": ViTConfig("vit", 64, 4, 4, 256, patch_size=2, image_size=8),
 }
 
 

@@ -5,7 +5,6 @@ random) and read again from there.
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ def restore(workdir: Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _manager(workdir: Path) -> Iterator[ocp.CheckpointManager]:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each of its stages
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     manager = ocp.CheckpointManager(
         (workdir / FOLDER).absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options

@@ -1,1 +1,97 @@
 """What would be trained, on what, and how: printed before anything is."""
+
+import collections
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from jaxtl.config import Data, Experiment, Model, Suite
+from jaxtl.data import sources
+from jaxtl.evaluation import compare
+from jaxtl.training import freeze, suite
+from jaxtl.training.network import locate
+from jaxtl.training.setup import Setup, count, setup
+from jaxtl.weights.hub import is_repo_id
+
+
+def explain(chosen: Experiment | Suite, workdir: Path) -> None:
+    """Prints model, stages with parameters trained and frozen, data, and what will happen.
+
+    Lists the data without decoding it and reads the config beside local weights; fetches nothing from the Hub.
+
+    Raises:
+        UserError: what would stop the run.
+    """
+    members = suite.resolve(chosen, workdir) if isinstance(chosen, Suite) else [("", chosen)]
+    before = [str(workdir / name) for name, _ in members]
+    for name, experiment in members:
+        folder = workdir / name if name else workdir
+        splits = [_Split(listing.labels, listing.class_names) for listing in sources.listings(experiment.data)]
+        weights = None
+        if experiment.model.weights not in before:  # a run of this suite need not be there yet
+            weights = _local(experiment.model)
+        this = setup(experiment, weights, len(splits[0].class_names), *(len(split.labels) for split in splits))
+        _show(name, this, splits, folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def _local(model: Model) -> Path | None:
+    """Returns where the weights lie if that is here. What the Hub holds is fetched only where its size is asked for."""
+    there = Path(model.weights).expanduser().exists()
+    return locate(model.weights) if there or model.preset == "from_weights" or not is_repo_id(model.weights) else None
+
+
+def _show(name: str, this: Setup, splits: list[_Split], workdir: Path) -> None:
+    experiment = this.experiment
+    model, head, data, settings = experiment.model, experiment.model.head, experiment.data, experiment.train
+    learning, resting = freeze.partition(this.net.params, this.labels)
+    console = Console(highlight=False, soft_wrap=True)
+    if name:
+        console.print(f"\n[bold]{name}[/bold]")
+    console.print(
+        f"model   {model.preset}, weights {model.weights}, {model.image_size} pixels, {settings.precision}; "
+        f"head {head.kind} on {head.reads}"
+    )
+    rows = []
+    by_stage = collections.defaultdict(list)
+    for path in this.net.params:
+        by_stage[path.partition("/")[0]].append(path)
+    for stage in this.net.stages:
+        trained = sum(count({path: learning[path]}) for path in by_stage[stage] if path in learning)
+        frozen = sum(count({path: resting[path]}) for path in by_stage[stage] if path in resting)
+        rows.append((stage, f"{trained:,}" if trained else "", f"{frozen:,}" if frozen else ""))
+    rows.append(("all", f"{count(learning):,}", f"{count(resting):,}"))
+    compare.show(("stage", "trained parameters", "frozen parameters"), rows)
+    train, held_out = splits
+    console.print(
+        f"data    {_source(data)}: {len(train.labels):,} training and {len(held_out.labels):,} held-out images, "
+        f"{len(train.class_names)} classes: {_classes(train)}; scaled {data.scale}, augmentation {data.augment}"
+    )
+    console.print(
+        f"train   {this.steps:,} steps of {settings.batch_size} images ({settings.epochs} epochs of "
+        f"{this.steps_per_epoch}), {experiment.optim.name}, learning rate {experiment.optim.learning_rate:g} "
+        f"{experiment.optim.schedule}, seed {settings.seed}"
+    )
+    if this.plan.boundary:
+        what = "run once, cached" if this.plan.cached else "run every step, forwards only, not cached"
+        console.print(f"plan    stages up to {this.plan.boundary} {what}: {this.plan.reason}")
+    else:
+        console.print(f"plan    every stage runs forwards and backwards in every step: {this.plan.reason}")
+    console.print(f"writes  {workdir}")
+
+
+def _source(data: Data) -> str:
+    return " ".join(part for part in (data.source, data.name, data.dir) if part)
+
+
+def _classes(split: _Split) -> str:
+    numbers = np.bincount(split.labels, minlength=len(split.class_names))
+    shown = [f"{name} {number}" for name, number in zip(split.class_names, numbers, strict=True)][:12]
+    return ", ".join(shown) + (", .." if len(split.class_names) > 12 else "")

@@ -1,7 +1,6 @@
 """One run from start to end: data, network, compiled steps, epochs, evaluation, result."""
 
 import collections
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ from jaxtl.data import images, loader, sources
 from jaxtl.errors import UserError
 from jaxtl.evaluation import metrics
 from jaxtl.progress import Bar, say, track
-from jaxtl.training import checkpoint, freeze, optim, run, step
-from jaxtl.training.network import initial_params, locate, network
+from jaxtl.training import cache, checkpoint, freeze, optim, run, step
+from jaxtl.training.network import initial_params, locate
+from jaxtl.training.setup import Setup, count, setup
 
 # Steps sent to the device ahead of the one whose metrics are read: enough to keep it busy.
 _AHEAD = 2
@@ -35,72 +35,69 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     settings = experiment.train
     weights = locate(experiment.model.weights)
     train_set, eval_set = sources.load(experiment.data, experiment.model.image_size, track)
-    net = network(experiment.model, len(train_set.class_names), settings.precision, weights)
-    labels = freeze.label_params(net.params, experiment.freeze, net.stages)
-    steps_per_epoch = loader.steps_per_epoch(len(train_set.labels), settings.batch_size)
-    total_steps = min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf)
-    trained_labels, _ = freeze.partition(labels, labels)
-    optimizer = optim.optimizer(experiment.optim, trained_labels, total_steps)
-    params, frozen = freeze.partition(initial_params(net, experiment.model, weights, settings.seed), labels)
+    examples = {"train_examples": len(train_set.labels), "eval_examples": len(eval_set.labels)}
+    this = setup(experiment, weights, len(train_set.class_names), **examples)
+    trained_labels, _ = freeze.partition(this.labels, this.labels)
+    optimizer = optim.optimizer(experiment.optim, trained_labels, this.steps)
+    params = initial_params(this.net, experiment.model, weights, settings.seed)
+    params, frozen = freeze.partition(params, this.labels)
+    seconds = collections.Counter()
+
+    prepare, start = preparation(experiment), None
+    if this.plan.cached:
+        begun = time.perf_counter()
+        train_set, eval_set = _compute_once(this, prepare, params, frozen, train_set, eval_set)
+        prepare, start = _as_it_is, this.net.stages[this.net.stages.index(this.plan.boundary) + 1]
+        seconds["cache"] += time.perf_counter() - begun
+
     state = step.TrainState.create(params, optimizer)
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)  # the key itself made the initial values
-    batches = loader.batches(train_set, settings.batch_size, seed=settings.seed, epochs=settings.epochs)
-
-    compile_started = time.perf_counter()
-    prepare = preparation(experiment)
-    train_step = step.train_step(net.structure, optimizer, prepare, freeze.frozen_stages(labels, net.stages))
+    frozen_stages = freeze.frozen_stages(this.labels, this.net.stages)
+    begun = time.perf_counter()
+    train_step = step.train_step(this.net.structure, optimizer, prepare, frozen_stages, start)
     train_step = train_step.lower(state, frozen, _abstract_batch(train_set, settings.batch_size), key).compile()
+    eval_step = step.forward(this.net.structure, prepare, start)
     eval_images = _abstract_batch(eval_set, settings.eval_batch_size)["image"]
-    eval_step = step.eval_step(net.structure, prepare).lower(state.params, frozen, eval_images).compile()
-    seconds_compile = time.perf_counter() - compile_started
-    say(f"compiled in {seconds_compile:.1f} s; {count(state.params):,} of {count(net.params):,} parameters learn")
+    eval_step = eval_step.lower(state.params, frozen, eval_images).compile()
+    seconds["compile"] += time.perf_counter() - begun
+    trainable, total = count(state.params), count(this.net.params)
+    say(f"compiled in {seconds['compile']:.1f} s; {trainable:,} of {total:,} parameters learn")
 
+    batches = loader.batches(train_set, settings.batch_size, seed=settings.seed, epochs=settings.epochs)
     with run.Recorder(workdir, experiment) as recorder:
-        done, seconds_train, seconds_waiting = 0, 0.0, 0.0
-        while done < total_steps:
-            steps = min(steps_per_epoch - done % steps_per_epoch, total_steps - done)
-            title = f"epoch {done // steps_per_epoch + 1}/{settings.epochs}"
-            line, epoch = Meter(), Meter()
-            with Bar(title, steps) as bar:
-
-                def report(number: int, figures: np.ndarray, line: Meter = line, epoch: Meter = epoch, bar: Bar = bar):
-                    if not np.isfinite(figures[0]):
-                        raise UserError(
-                            f"the loss is not finite at step {number}; "
-                            f"try a lower optim.learning_rate than {experiment.optim.learning_rate}"
-                        )
-                    line.add(figures)
-                    epoch.add(figures)
-                    bar.advance(note=str(epoch))
-                    if number % settings.log_every == 0:
-                        recorder.metrics("train", number, number / steps_per_epoch, line)
-                        line.reset()
-
-                state, waited = _run_steps(train_step, state, frozen, key, batches, range(done, done + steps), report)
-            done += steps
-            seconds_train += epoch.seconds
-            seconds_waiting += waited
-            recorder.metrics("train_epoch", done, done / steps_per_epoch, epoch)
-            held_out = _evaluate(eval_step, state.params, frozen, eval_set, settings.eval_batch_size)
-            recorder.metrics("eval", done, done / steps_per_epoch, held_out)
-            say(f"{title}  train {epoch}  held out {held_out}")
-        checkpoint.save(workdir, total_steps, state.params)
+        done = 0
+        while done < this.steps:
+            number = done // this.steps_per_epoch + 1
+            steps = range(done, min(number * this.steps_per_epoch, this.steps))
+            title = f"epoch {number}/{settings.epochs}"
+            with Bar(title, len(steps)) as bar:
+                epoch = _EpochReport(this, recorder, bar)
+                state, waited = _run_steps(train_step, state, frozen, key, batches, steps, epoch)
+            done = steps.stop
+            seconds["train"] += epoch.meter.seconds
+            seconds["waiting_for_input"] += waited
+            recorder.metrics("train_epoch", done, done / this.steps_per_epoch, epoch.meter)
+            if number % settings.eval_every == 0 or done == this.steps:
+                held_out = _evaluate(eval_step, state.params, frozen, eval_set, settings.eval_batch_size)
+                recorder.metrics("eval", done, done / this.steps_per_epoch, held_out)
+                say(f"{title}  train {epoch.meter}  held out {held_out}")
+        checkpoint.save(workdir, this.steps, state.params)
         return recorder.result(
             {
                 "accuracy": held_out.accuracy,
                 "loss": held_out.loss,
-                "train_accuracy": epoch.accuracy,
-                "train_loss": epoch.loss,
-                "trainable_parameters": count(state.params),
-                "total_parameters": count(net.params),
-                "train_examples": len(train_set.labels),
-                "eval_examples": len(eval_set.labels),
+                "train_accuracy": epoch.meter.accuracy,
+                "train_loss": epoch.meter.loss,
+                "trainable_parameters": trainable,
+                "total_parameters": total,
+                **examples,
                 "classes": list(train_set.class_names),
-                "steps": total_steps,
-                "seconds_train": seconds_train,
-                "seconds_per_epoch": seconds_train * steps_per_epoch / total_steps,
-                "seconds_compile": seconds_compile,
-                "seconds_waiting_for_input": seconds_waiting,
+                "steps": this.steps,
+                "seconds_train": seconds["train"],
+                "seconds_per_epoch": seconds["train"] * this.steps_per_epoch / this.steps,
+                "seconds_compile": seconds["compile"],
+                "seconds_cache": seconds["cache"],
+                "seconds_waiting_for_input": seconds["waiting_for_input"],
                 "seconds_total": time.perf_counter() - started,
                 "peak_memory_bytes": run.peak_memory_bytes(),
                 "reported": dict(experiment.reported),
@@ -119,9 +116,9 @@ def preparation(experiment: Experiment) -> step.Prepare:
     return prepare
 
 
-def count(params: dict[str, Any]) -> int:
-    """Returns the number of parameters."""
-    return sum(math.prod(leaf.shape) for leaf in params.values())
+def _as_it_is(activations: jax.Array, key: jax.Array | None) -> jax.Array:
+    del key
+    return activations
 
 
 class Meter:
@@ -156,6 +153,47 @@ class Meter:
 
     def __str__(self) -> str:
         return f"loss {self.loss:.4f} accuracy {self.accuracy:.4f} {self.examples_per_second:.1f} images/s"
+
+
+class _EpochReport:
+    """Takes the metrics of each step of an epoch: to the bar, to metrics.jsonl, and into `meter`."""
+
+    def __init__(self, this: Setup, recorder: run.Recorder, bar: Bar):
+        self.meter, self._line = Meter(), Meter()
+        self._this, self._recorder, self._bar = this, recorder, bar
+
+    def __call__(self, number: int, figures: np.ndarray) -> None:
+        experiment = self._this.experiment
+        if not np.isfinite(figures[0]):
+            raise UserError(
+                f"the loss is not finite at step {number}; "
+                f"try a lower optim.learning_rate than {experiment.optim.learning_rate}"
+            )
+        self.meter.add(figures)
+        self._line.add(figures)
+        self._bar.advance(note=str(self.meter))
+        if number % experiment.train.log_every == 0:
+            self._recorder.metrics("train", number, number / self._this.steps_per_epoch, self._line)
+            self._line.reset()
+
+
+def _compute_once(
+    this: Setup,
+    prepare: step.Prepare,
+    params: dict[str, jax.Array],
+    frozen: dict[str, jax.Array],
+    train_set: sources.ImageSet,
+    eval_set: sources.ImageSet,
+) -> tuple[sources.ImageSet, sources.ImageSet]:
+    """Returns the two sets with each image replaced by its activations at the freeze boundary."""
+    say(f"stages up to {this.plan.boundary} run once: {this.plan.cache_bytes / 1e9:.2f} GB of activations")
+    batch_size = this.experiment.train.eval_batch_size
+    prefix = step.forward(this.net.structure, prepare, stop=this.plan.boundary)
+    prefix = prefix.lower(params, frozen, _abstract_batch(train_set, batch_size)["image"]).compile()
+    return tuple(
+        cache.fill(lambda raw: prefix(params, frozen, raw), dataset, batch_size, this.activations, split)
+        for dataset, split in ((train_set, "training"), (eval_set, "evaluation"))
+    )
 
 
 def _run_steps(
@@ -197,18 +235,15 @@ def _evaluate(
 ) -> Meter:
     """Returns loss and accuracy over a whole split, every example counted once."""
     meter = Meter()
+    examples = len(dataset.labels)
+    batches = loader.batches(dataset, batch_size, seed=None, epochs=1)
     logits = np.concatenate(
         [
             np.asarray(eval_step(params, frozen, jax.device_put(batch["image"])))[batch["weight"] > 0]
-            for batch in track(
-                loader.batches(dataset, batch_size, seed=None, epochs=1),
-                "evaluating",
-                loader.steps_per_epoch(len(dataset.labels), batch_size),
-            )
+            for batch in track(batches, loader.steps_per_epoch(examples, batch_size), "evaluating")
         ]
     )
     found = metrics.classification(logits, dataset.labels)
-    examples = len(dataset.labels)
     meter.add(np.array([found["loss"] * examples, found["accuracy"] * examples, examples]))
     return meter
 
@@ -219,7 +254,7 @@ def _to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 def _abstract_batch(dataset: sources.ImageSet, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-        "image": jax.ShapeDtypeStruct((batch_size, *dataset.images.shape[1:]), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((batch_size, *dataset.images.shape[1:]), dataset.images.dtype),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         "weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32),
     }

@@ -45,6 +45,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     prepare: Prepare,
     frozen_stages: Collection[str],
+    start: str | None = None,
 ) -> Callable[[TrainState, stages.Params, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """Returns `step(state, frozen, batch, key) -> (state, metrics)`, jitted, the state donated.
 
@@ -55,17 +56,18 @@ def train_step(
     Args:
         structure: the model without its parameters.
         optimizer: for the trainable parameters.
-        prepare: from raw images to the model's input.
+        prepare: from a batch's images to the input of `start`.
         frozen_stages: stages that run without dropout.
+        start: the first stage to run; None is the model's first.
     """
 
     def step(state: TrainState, frozen: stages.Params, batch: Batch, key: jax.Array):
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        images = prepare(batch["image"], augment_key)
+        inputs = prepare(batch["image"], augment_key)
 
         def loss_fn(trainable: stages.Params):
             model = stages.bind(structure, {**frozen, **trainable})
-            logits = model(images, rng=dropout_key, deterministic=frozen_stages)
+            logits = model(inputs, start=start, rng=dropout_key, deterministic=frozen_stages)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             total = jnp.sum(losses * batch["weight"])
             count = jnp.sum(batch["weight"])
@@ -80,13 +82,16 @@ def train_step(
     return jax.jit(_exact(step), donate_argnums=0)
 
 
-def eval_step(
-    structure: nnx.GraphDef, prepare: Prepare
+def forward(
+    structure: nnx.GraphDef, prepare: Prepare, start: str | None = None, stop: str | None = None
 ) -> Callable[[stages.Params, stages.Params, jax.Array], jax.Array]:
-    """Returns `step(trainable, frozen, images) -> logits`, jitted: float32 [batch, classes], nothing random."""
+    """Returns `step(trainable, frozen, images) -> output of stage stop`, jitted, nothing random.
+
+    Without `stop` the output is the logits: float32 [batch, classes].
+    """
 
     def step(trainable: stages.Params, frozen: stages.Params, images: jax.Array) -> jax.Array:
-        return stages.bind(structure, {**frozen, **trainable})(prepare(images, None))
+        return stages.bind(structure, {**frozen, **trainable})(prepare(images, None), start=start, stop=stop)
 
     return jax.jit(_exact(step))
 

@@ -1,0 +1,77 @@
+"""All that is known of a run before any number is computed: shapes, labels, lengths, the plan."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxtl.config import Experiment
+from jaxtl.data import loader
+from jaxtl.models import stages
+from jaxtl.training import freeze, plan
+from jaxtl.training.network import Network, network
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run, described.
+
+    Attributes:
+        labels: the optimiser group, or `freeze.FROZEN`, of every parameter by path.
+        steps_per_epoch, steps: lengths of an epoch and of the run.
+        activations: shape and dtype of one example's activations at the freeze boundary; None without one.
+        plan: what is computed once.
+    """
+
+    experiment: Experiment
+    net: Network
+    labels: dict[str, str]
+    steps_per_epoch: int
+    steps: int
+    activations: jax.ShapeDtypeStruct | None
+    plan: plan.Plan
+
+
+def setup(experiment: Experiment, weights: Path | None, classes: int, train_examples: int, eval_examples: int) -> Setup:
+    """Describes the run of an experiment on data of this size. Computes nothing, needs no weights.
+
+    Args:
+        experiment: what is asked for.
+        weights: where the weights lie, see `network.network`.
+        classes: number of classes in the data.
+        train_examples, eval_examples: sizes of the two splits.
+
+    Raises:
+        UserError: preset, weights, freeze rules or plan do not fit.
+    """
+    settings = experiment.train
+    net = network(experiment.model, classes, settings.precision, weights)
+    labels = freeze.label_params(net.params, experiment.freeze, net.stages)
+    boundary = plan.boundary(labels, net.stages)
+    activations = None
+    if boundary:
+        size = experiment.model.image_size
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+
+        def prefix(params: stages.Params, images: jax.Array) -> jax.Array:
+            return stages.bind(net.structure, params)(images, stop=boundary)
+
+        output = jax.eval_shape(prefix, net.params, images)
+        activations = jax.ShapeDtypeStruct(output.shape[1:], output.dtype)
+    steps_per_epoch = loader.steps_per_epoch(train_examples, settings.batch_size)
+    return Setup(
+        experiment,
+        net,
+        labels,
+        steps_per_epoch,
+        min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf),
+        activations,
+        plan.make(experiment, boundary, activations, train_examples + eval_examples),
+    )
+
+
+def count(params: stages.Params) -> int:
+    """Returns the number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in params.values())

@@ -283,7 +283,7 @@ def _tfds(data: config.Data, show_progress: Track) -> list[_Listing]:
     except UserError:
         raise
     except Exception as error:  # of protobuf, of JSON, of tfds
-        raise UserError(f"{folder} cannot be read as a tfds data set: {error}") from None
+        raise UserError(f"{folder} cannot be read as a tfds data set: {_one_line(error)}") from None
 
     def example(record: bytes) -> Any:
         return tf_example_pb2.Example.FromString(record).features.feature
@@ -310,7 +310,9 @@ def _tfds(data: config.Data, show_progress: Track) -> list[_Listing]:
                 for record in records.__getitems__(list(rows)):
                     labels += example(record)[label_key].int64_list.value[:1] or [-1]
         except Exception as error:  # array_record raises RuntimeError or IndexError, protobuf its own
-            raise UserError(f"{folder}, split {split}, is damaged ({error}); prepare or copy it again") from None
+            raise UserError(
+                f"{folder}, split {split}, is damaged ({_one_line(error)}); prepare or copy it again"
+            ) from None
         if -1 in labels:
             raise UserError(f"data.{field}={split}: the examples of this split have no labels")
 
@@ -374,7 +376,8 @@ def _prepare(root: Path, name: str, known: Sequence[str], download: bool, show_p
             )
         if result.returncode == 0:
             return
-        attempt = f"preparing it here failed ({(result.stderr.strip() or 'no message').splitlines()[-1][:300]})"
+        reason = (result.stderr.strip() or "no message").splitlines()[-1]
+        attempt = f"preparing it here failed ({_one_line(reason)})"
     else:
         attempt = "data.download is off"
     raise UserError(
@@ -382,6 +385,10 @@ def _prepare(root: Path, name: str, known: Sequence[str], download: bool, show_p
         f"tensorflow tensorflow-datasets importlib_resources; tfds build {name} --file_format=array_record "
         f"--data_dir=DIR; then copy DIR/{base} to {root / base}, or set data.dir (--set data.dir=DIR)"
     )
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _image_and_label(tfds: Any, info: Any) -> tuple[str, str]:

@@ -39,7 +39,8 @@ def read_config(folder: Path) -> Config:
     except UserError:
         raise
     except Exception as error:  # transformers validates with several kinds of exception
-        raise UserError(f"{path} is not a valid {model_type} config: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a valid {model_type} config: {reason}") from None
 
 
 def _vit(fields: Any, path: Path) -> ViTConfig:

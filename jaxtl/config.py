@@ -66,7 +66,9 @@ class Data:
         name: data set name, for tfds.
         dir: the tfds data dir, or the image folder. Empty: the tfds default.
         download: let tfds fetch a data set that is not there.
-        train_split, eval_split: names of the two splits, for tfds.
+        train_split, eval_split: names of the two splits, for tfds (slices as in `train[:80%]` too). The same name
+            twice: the held-out part is drawn from it by `eval_fraction`. For folders, `eval_split` chooses among
+            `val`, `validation` and `test` where several are there.
         train_size, eval_size: draw this many examples, stratified by class; None takes all.
         eval_fraction: the part split off by seed for evaluation where the source has no held-out split.
         subset_seed: fixes which examples are drawn. Apart from `train.seed`, so that repetitions of a run

@@ -102,7 +102,7 @@ def _run(path: Path):
 def _last_line(error: BaseException, path: Path) -> int:
     line, trace = 0, error.__traceback__
     while trace:
-        if trace.tb_frame.f_code.co_filename == str(path):
+        if Path(trace.tb_frame.f_code.co_filename).resolve() == path.resolve():
             line = trace.tb_lineno
         trace = trace.tb_next
     return line

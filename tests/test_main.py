@@ -13,6 +13,7 @@ from PIL import Image
 from jaxtl import main
 from jaxtl.errors import UserError
 from jaxtl.models import presets
+from jaxtl.training import suite
 from jaxtl.weights import convert, tables
 
 NANO = """
@@ -38,6 +39,7 @@ def here(tmp_path, monkeypatch):
 
 def run(*arguments):
     """Runs the command in this process; mistakes come as UserError."""
+    assert suite  # imported before the flags are saved: grain defines flags too, which must not be taken back
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         main.run(flags.FLAGS(["jaxtl", *arguments]))
@@ -88,7 +90,7 @@ MISTAKES = {
     "broken images": (
         ["--experiment=nano.py", "--set=data.source=folder", "--set=data.dir=broken", "--set=data.train_size=none",
          "--set=data.eval_size=none"],
-        "2 unreadable images",
+        "unreadable images (2)",
     ),
     "workdir that holds other things": (["--experiment=nano.py", "--workdir=tiny"], "holds files but no run"),
     "experiment that does not work": (["--experiment=wrong.py"], "wrong.py:1: ModuleNotFoundError"),
@@ -231,7 +233,7 @@ def test_experiment_in_the_current_folder_hides_an_installed_one(here, capsys):
 
 
 def test_local_folder_of_weights_is_used(here):
-    """Trains nothing before the head, so that what is in the checkpoint shows in the result, as random weights do not."""
+    """Nothing before the head learns: what is in the checkpoint must show in the result, as random weights do not."""
     import json
 
     import jax.numpy as jnp

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from jaxtl import config
-from jaxtl.data import sources
+from jaxtl.data import decode, sources
 from jaxtl.errors import UserError
 
 COLOURS = {"ant": (200, 0, 0), "bee": (0, 200, 0), "cat": (0, 0, 200)}
@@ -358,8 +358,8 @@ def test_host_resizing_is_antialiased(tmp_path):
 def test_large_sets_are_decoded_into_an_unlinked_file(folder, tmp_path_factory, monkeypatch):
     in_memory, _ = load(dir=str(folder))
     temporary = tmp_path_factory.mktemp("temporary")
-    monkeypatch.setattr(sources.tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(sources, "_MEMORY_LIMIT", 100)
+    monkeypatch.setattr(decode.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(decode, "_MEMORY_LIMIT", 100)
     mapped, _ = load(dir=str(folder))
     assert isinstance(mapped.images, np.memmap)
     assert np.array_equal(mapped.images, in_memory.images)
@@ -370,7 +370,7 @@ def test_a_full_disk_is_an_error_that_says_where(folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(sources, "_MEMORY_LIMIT", 100)
+    monkeypatch.setattr(decode, "_MEMORY_LIMIT", 100)
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(UserError, match=r"No space left on device; .*TMPDIR"):
         load(dir=str(folder))
@@ -466,7 +466,7 @@ def test_only_the_images_drawn_are_decoded(tmp_path, monkeypatch):
     write_tfds(tmp_path)
     opened = []
     real = Image.open
-    monkeypatch.setattr(sources.Image, "open", lambda file: opened.append(1) or real(file))
+    monkeypatch.setattr(decode.Image, "open", lambda file: opened.append(1) or real(file))
     train, held_out = load(dir=str(tmp_path), train_size=4, eval_size=2)
     assert np.bincount(train.labels).tolist() == [2, 2]
     assert len(opened) == 4 + 2 + 1  # one to learn the size

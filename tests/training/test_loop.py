@@ -104,7 +104,7 @@ def test_max_steps_ends_the_run_in_the_middle_of_an_epoch_with_an_evaluation(tmp
 
 
 def test_a_run_starts_from_what_another_run_trained(tmp_path):
-    """The second run trains nothing of the backbone: what it holds of it must be the first run's, trained and frozen."""
+    """What the second run holds of the backbone must be the first run's, trained and frozen."""
     loop.train(change(BASE, "data.classes=0,1,2,3,4"), tmp_path / "first")
     second = change(BASE, "data.classes=5,6,7", f"model.weights={tmp_path / 'first'}", "freeze=train_from('norm')")
     loop.train(second, tmp_path / "second")

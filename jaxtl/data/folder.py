@@ -1,0 +1,83 @@
+"""Image folders: one folder a class."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jaxtl import config
+from jaxtl.data.listing import Listing, Track
+from jaxtl.errors import UserError
+
+_HELD_OUT = ("val", "validation", "test")
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+LAYOUT = (
+    "an image folder is DIR/train/CLASS/IMAGE beside DIR/val/CLASS/IMAGE (or validation, or test), or "
+    f"DIR/CLASS/IMAGE, two classes or more; images end in {', '.join(_EXTENSIONS)}"
+)
+
+
+def holds_images(root: Path) -> bool:
+    """Whether a folder of `root` holds an image."""
+    return root.is_dir() and any(next(_images(folder, root), None) for folder in _folders(root))
+
+
+def image_folder(data: config.Data, show_progress: Track) -> list[Listing]:
+    """Lists the splits of an image folder, without opening an image: one listing where it is not divided."""
+    del show_progress  # listing files takes no time
+    root = Path(data.dir).expanduser().resolve()
+    if not data.dir or not root.is_dir():
+        raise UserError(f"data.dir={data.dir!r} is not a folder: {LAYOUT}")
+    folders = {folder.name.lower(): folder for folder in _folders(root)}
+    held_out = [name for name in (data.eval_split, *_HELD_OUT) if name in folders]
+    if "train" in folders and _folders(folders["train"]):
+        splits = [folders["train"], *(folders[name] for name in held_out[:1])]
+    else:
+        splits = [root]
+    found = [{folder.name: list(_images(folder, root)) for folder in _folders(split)} for split in splits]
+    names = tuple(sorted(found[0]))
+    if empty := [name for name in names if not found[0][name]]:
+        raise UserError(f"{splits[0]}: no images in {', '.join(empty)}; {LAYOUT}")
+    if len(names) < 2 or (splits == [root] and set(folders) <= set(_HELD_OUT)):
+        raise UserError(f"{splits[0]} holds {', '.join(names) or 'no folders'}: {LAYOUT}")
+    if unknown := sorted(set(found[-1]) - set(names)):
+        raise UserError(f"{splits[-1]} has classes that {splits[0]} has not: {', '.join(unknown)}")
+
+    listings = []
+    for split, classes in zip(splits, found, strict=True):
+        pairs = [(path, label) for label, name in enumerate(names) for path in classes.get(name, ())]
+        if not pairs:
+            raise UserError(f"{split} holds no images: {LAYOUT}")
+        paths = [path for path, _ in pairs]
+        labels = np.array([label for _, label in pairs], np.int32)
+        ids = [path.relative_to(root).as_posix() for path in paths]
+        listings.append(Listing(labels, names, ids, paths, lambda run: [partial(Image.open, path) for path in run]))
+    return listings
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if path.is_dir()]
+
+
+def _images(folder: Path, root: Path) -> Iterator[Path]:
+    """Yields the image files below `folder`, sorted; a symbolic link out of `root` is an error."""
+    for path in _entries(folder):
+        if path.is_dir():
+            yield from _images(path, root)
+        elif path.suffix.lower() in _EXTENSIONS:
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root.resolve()):
+                raise UserError(f"{path} is a symbolic link out of {root}; put the image itself there")
+            yield path
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Yields what lies in `folder`, sorted, not hidden; a symbolic link to a folder is an error."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() and path.is_dir():
+            raise UserError(f"{path} is a symbolic link to a folder; links are not followed, move the folder there")
+        yield path

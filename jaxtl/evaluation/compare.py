@@ -19,10 +19,12 @@ _COLUMNS = (
 )
 
 
-def show(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table of text; the first column is never wrapped."""
+def show(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
+    """Prints a table; the first column is never wrapped, and with `numbers` the others are aligned on the right."""
     table = Table(*headings, header_style="bold")
     table.columns[0].no_wrap = True
+    for column in table.columns[1:] if numbers else ():
+        column.justify = "right"
     for row in rows:
         table.add_row(*row)
     _console().print(table)
@@ -30,33 +32,23 @@ def show(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def show_results(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints the results of several runs, one a row."""
-    table = Table("run", header_style="bold")
-    table.columns[0].no_wrap = True
-    for heading, _, _ in _COLUMNS:
-        table.add_column(heading, justify="right")
-    for name, result in results.items():
-        table.add_row(name, *(form.format(result[field]) for _, field, form in _COLUMNS))
-    _console().print(table)
+    rows = [(name, *(form.format(result[field]) for _, field, form in _COLUMNS)) for name, result in results.items()]
+    show(["run", *(heading for heading, _, _ in _COLUMNS)], rows, numbers=True)
 
 
 def show_result(result: Mapping[str, Any], workdir: Path, *, new: bool) -> None:
     """Prints the result of one run, beside the reported figures where there are some."""
     reported = result["reported"]
-    table = Table("", header_style="bold")
-    table.add_column("this run", justify="right")
-    if reported:
-        table.add_column("reported", justify="right")
-    for heading, field, form in _COLUMNS:
-        cells = [form.format(result[field])]
-        if reported:
-            cells.append(form.format(reported[field]) if field in reported else "")
-        table.add_row(heading, *cells)
-    console = _console()
-    console.print(table)
-    console.print(f"{'' if new else 'finished before; '}{workdir / 'result.json'}")
+    rows = [
+        (heading, form.format(result[field]), form.format(reported[field]) if field in reported else "")
+        for heading, field, form in _COLUMNS
+    ]
+    columns = 3 if reported else 2
+    show(["", "this run", "reported"][:columns], [row[:columns] for row in rows], numbers=True)
+    _console().print(f"{'' if new else 'finished before; '}{workdir / 'result.json'}", soft_wrap=True)
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     # Piped, rich assumes 80 columns: too few for these tables.
-    return console if console.is_terminal else Console(highlight=False, width=140)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=140)

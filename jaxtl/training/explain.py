@@ -68,7 +68,7 @@ def _show(name: str, this: Setup, splits: list[_Split], workdir: Path) -> None:
         frozen = sum(count({path: resting[path]}) for path in by_stage[stage] if path in resting)
         rows.append((stage, f"{trained:,}" if trained else "", f"{frozen:,}" if frozen else ""))
     rows.append(("all", f"{count(learning):,}", f"{count(resting):,}"))
-    compare.show(("stage", "trained parameters", "frozen parameters"), rows)
+    compare.show(("stage", "trained parameters", "frozen parameters"), rows, numbers=True)
     train, held_out = splits
     console.print(
         f"data    {_source(data)}: {len(train.labels):,} training and {len(held_out.labels):,} held-out images, "

@@ -1,0 +1,5 @@
+"""jaxtl: transfer learning in JAX, with freezing that the trainer can see and exploit."""
+
+from importlib import metadata
+
+__version__ = metadata.version("jaxtl")

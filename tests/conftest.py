@@ -13,3 +13,12 @@ def real_weights() -> Path:
     if not folder:
         pytest.skip("JAXTL_TEST_WEIGHTS names no folder of real checkpoints")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """A tensorflow-datasets folder with CIFAR-10 prepared in it."""
+    folder = os.environ.get("JAXTL_TEST_TFDS")
+    if not folder:
+        pytest.skip("JAXTL_TEST_TFDS names no tfds data dir with cifar10")
+    return Path(folder)

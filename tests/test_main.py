@@ -225,6 +225,19 @@ def test_run_is_reported_when_the_command_is_given_again_and_repeated_from_its_e
     assert results[0]["loss"] == results[1]["loss"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deit_cifar10", "vgg19_cifar10"])
+def test_study_experiment_runs_end_to_end_on_real_cifar10_with_random_weights(here, cifar10, name):
+    run(f"--experiment={name}", f"--set=data.dir={cifar10}", "--set=model.weights=random", "--set=train.max_steps=2",
+        "--set=train.batch_size=4", "--set=data.eval_size=20", "--set=train.eval_batch_size=4")  # fmt: skip
+    import json
+
+    result = json.loads((here / "runs" / name / "result.json").read_text())
+    assert result["trainable_parameters"] == result["reported"]["trainable_parameters"]
+    assert (result["steps"], result["train_examples"], result["eval_examples"]) == (2, 5_000, 20)
+    assert np.isfinite(result["loss"])
+
+
 def test_experiment_in_the_current_folder_hides_an_installed_one(here, capsys):
     (here / "experiments").mkdir()
     (here / "experiments" / "quickstart.py").write_text('"""Mine.\n\nExpected: nothing."""\n' + NANO)

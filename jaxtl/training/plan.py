@@ -43,7 +43,13 @@ def boundary(labels: Mapping[str, str], stages: Sequence[str]) -> str | None:
     raise ValueError("nothing learns")  # label_params does not let this pass
 
 
-def make(experiment: Experiment, boundary: str | None, activations: jax.ShapeDtypeStruct | None, examples: int) -> Plan:
+def make(
+    experiment: Experiment,
+    boundary: str | None,
+    activations: jax.ShapeDtypeStruct | None,
+    examples: int,
+    passes: float,
+) -> Plan:
     """Returns the plan of an experiment. Pure.
 
     Args:
@@ -51,6 +57,7 @@ def make(experiment: Experiment, boundary: str | None, activations: jax.ShapeDty
         boundary: the last stage of the frozen prefix.
         activations: of one example, after the boundary; None where there is no boundary.
         examples: number of examples, training and evaluation together.
+        passes: over the training examples, in the whole run.
 
     Raises:
         UserError: `plan.cache=on` where that cannot be.
@@ -65,8 +72,8 @@ def make(experiment: Experiment, boundary: str | None, activations: jax.ShapeDty
         against = "plan.cache is off"
     elif experiment.data.augment != "none":
         against = f"data.augment={experiment.data.augment} changes the input in every epoch"
-    elif experiment.train.epochs == 1 and settings.cache != "on":
-        against = "one epoch sees every example once"
+    elif passes <= 1 and settings.cache != "on":
+        against = "no example is trained on twice"
     elif size > budget:
         against = f"the activations take {size / 1e9:.2f} GB, plan.cache_budget_gb is {settings.cache_budget_gb:g}"
     if against and settings.cache == "on":

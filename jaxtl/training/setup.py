@@ -61,15 +61,10 @@ def setup(experiment: Experiment, weights: Path | None, classes: int, train_exam
         output = jax.eval_shape(prefix, net.params, images)
         activations = jax.ShapeDtypeStruct(output.shape[1:], output.dtype)
     steps_per_epoch = loader.steps_per_epoch(train_examples, settings.batch_size)
-    return Setup(
-        experiment,
-        net,
-        labels,
-        steps_per_epoch,
-        min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf),
-        activations,
-        plan.make(experiment, boundary, activations, train_examples + eval_examples),
-    )
+    steps = min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf)
+    examples, passes = train_examples + eval_examples, steps / steps_per_epoch
+    decided = plan.make(experiment, boundary, activations, examples, passes)
+    return Setup(experiment, net, labels, steps_per_epoch, steps, activations, decided)
 
 
 def count(params: stages.Params) -> int:

@@ -613,11 +613,8 @@ def test_loading_imports_no_tensorflow_and_prints_nothing(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_cifar10_gives_500_training_and_100_held_out_images_of_each_class():
-    directory = os.environ.get("JAXTL_TEST_TFDS")
-    if not directory:
-        pytest.skip("JAXTL_TEST_TFDS names no tfds data dir with cifar10")
-    train, held_out = load(224, dir=directory, name="cifar10", train_size=5000, eval_size=1000)
+def test_cifar10_gives_500_training_and_100_held_out_images_of_each_class(cifar10):
+    train, held_out = load(224, dir=str(cifar10), name="cifar10", train_size=5000, eval_size=1000)
     assert np.bincount(train.labels).tolist() == [500] * 10
     assert np.bincount(held_out.labels).tolist() == [100] * 10
     assert train.images.shape == (5000, 32, 32, 3)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,6 +95,27 @@ def test_cache_that_cannot_be_is_refused_when_insisted_on(tmp_path, assignments,
     with pytest.raises(UserError, match=reason):
         loop.train(change(BASE, "plan.cache=on", *assignments), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_compiled_once_the_first_step_has_been_sent(tmp_path, monkeypatch):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    counts = []
+    for name in ("_run_steps", "_evaluate"):
+        real = getattr(loop, name)
+
+        def counted(*arguments, real=real):
+            before = len(compiled)
+            result = real(*arguments)
+            counts.append(len(compiled) - before)
+            return result
+
+        monkeypatch.setattr(loop, name, counted)
+    loop.train(change(BASE, "plan.cache=off"), tmp_path / "run")
+    assert compiled  # the listener hears
+    assert counts == [0, 0, 0, 0]
 
 
 def test_max_steps_ends_the_run_in_the_middle_of_an_epoch_with_an_evaluation(tmp_path):

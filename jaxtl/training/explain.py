@@ -12,7 +12,7 @@ from jaxtl.data import sources
 from jaxtl.evaluation import compare
 from jaxtl.training import freeze, suite
 from jaxtl.training.network import locate
-from jaxtl.training.setup import Setup, count, setup
+from jaxtl.training.setup import Setup, count, describe
 from jaxtl.weights.hub import is_repo_id
 
 
@@ -32,7 +32,7 @@ def explain(chosen: Experiment | Suite, workdir: Path) -> None:
         weights = None
         if experiment.model.weights not in before:  # a run of this suite need not be there yet
             weights = _local(experiment.model)
-        this = setup(experiment, weights, len(splits[0].class_names), *(len(split.labels) for split in splits))
+        this = describe(experiment, weights, len(splits[0].class_names), *(len(split.labels) for split in splits))
         _show(name, this, splits, folder)
 
 

@@ -17,7 +17,7 @@ from jaxtl.evaluation import metrics
 from jaxtl.progress import Bar, say, track
 from jaxtl.training import cache, checkpoint, freeze, optim, run, step
 from jaxtl.training.network import initial_params, locate
-from jaxtl.training.setup import Setup, count, setup
+from jaxtl.training.setup import Setup, count, describe
 
 # Steps sent to the device ahead of the one whose metrics are read: enough to keep it busy.
 _AHEAD = 2
@@ -36,7 +36,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     weights = locate(experiment.model.weights)
     train_set, eval_set = sources.load(experiment.data, experiment.model.image_size, track)
     examples = {"train_examples": len(train_set.labels), "eval_examples": len(eval_set.labels)}
-    this = setup(experiment, weights, len(train_set.class_names), **examples)
+    this = describe(experiment, weights, len(train_set.class_names), **examples)
     trained_labels, _ = freeze.partition(this.labels, this.labels)
     optimizer = optim.optimizer(experiment.optim, trained_labels, this.steps)
     params = initial_params(this.net, experiment.model, weights, settings.seed)

@@ -34,7 +34,9 @@ class Setup:
     plan: plan.Plan
 
 
-def setup(experiment: Experiment, weights: Path | None, classes: int, train_examples: int, eval_examples: int) -> Setup:
+def describe(
+    experiment: Experiment, weights: Path | None, classes: int, train_examples: int, eval_examples: int
+) -> Setup:
     """Describes the run of an experiment on data of this size. Computes nothing, needs no weights.
 
     Args:

@@ -9,7 +9,7 @@ import pytest
 from jaxtl import config, experiments
 from jaxtl.errors import UserError
 from jaxtl.training import freeze
-from jaxtl.training.setup import count, setup
+from jaxtl.training.setup import count, describe
 
 STAGES = ("embeddings", "block_1", "block_2", "norm", "head")
 PARAMS = {
@@ -50,7 +50,7 @@ EXPERIMENTS = {
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_trains_exactly_these_stages_and_parameters(name):
     stages, trained, total = EXPERIMENTS[name]
-    this = setup(experiments.load(name), None, 10, 5_000, 1_000)
+    this = describe(experiments.load(name), None, 10, 5_000, 1_000)
     params, _ = freeze.partition(this.net.params, this.labels)
     assert {path.partition("/")[0] for path in params} == stages
     assert count(params) == trained

@@ -131,10 +131,10 @@ def test_a_run_starts_from_what_another_run_trained(tmp_path):
     second = change(BASE, "data.classes=5,6,7", f"model.weights={tmp_path / 'first'}", "freeze=train_from('norm')")
     loop.train(second, tmp_path / "second")
     from jaxtl.training.network import initial_params
-    from jaxtl.training.setup import setup
+    from jaxtl.training.setup import describe
 
     weights = tmp_path / "first"
-    net = setup(second, weights, 3, 10, 10).net
+    net = describe(second, weights, 3, 10, 10).net
     start = initial_params(net, second.model, weights, seed=0)
     trained = checkpoint.restore(weights)
     fresh = initial_params(net, second.model, None, seed=0)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxtl import config
 from jaxtl.training import freeze, plan
-from jaxtl.training.setup import setup
+from jaxtl.training.setup import describe
 
 STAGES = ("conv1", "pool1", "conv2", "head")
 PARAMS = {f"{stage}/kernel": jax.ShapeDtypeStruct((2,), jnp.float32) for stage in ("conv1", "conv2", "head")}
@@ -65,7 +65,7 @@ def test_study_deit_has_no_prefix_to_skip_and_the_paper_rule_has():
     from jaxtl import experiments
 
     plans = {
-        name: setup(experiments.load(name), None, 10, 5_000, 1_000).plan
+        name: describe(experiments.load(name), None, 10, 5_000, 1_000).plan
         for name in ("deit_cifar10", "deit_cifar10_lastblock", "vgg19_cifar10")
     }
     assert plans["deit_cifar10"].boundary is None

@@ -12,7 +12,7 @@ import pytest
 from jaxtl import config, experiments
 from jaxtl.training import freeze, optim, step
 from jaxtl.training.network import initial_params
-from jaxtl.training.setup import setup
+from jaxtl.training.setup import describe
 
 SIZE, WIDTH, DEPTH, TOKENS, CLASSES, BATCH = 8, 64, 4, 17, 10, 4
 
@@ -32,7 +32,7 @@ def prepare(raw, key):
 
 
 def make(experiment, start=None):
-    this = setup(experiment, None, CLASSES, 64, 64)
+    this = describe(experiment, None, CLASSES, 64, 64)
     params, frozen = freeze.partition(initial_params(this.net, experiment.model, None, 0), this.labels)
     labels, _ = freeze.partition(this.labels, this.labels)
     optimizer = optim.optimizer(experiment.optim, labels, 10)
@@ -160,7 +160,7 @@ def test_frozen_prefix_has_no_backward_pass():
 def test_last_block_step_of_dinov2_costs_one_forward_pass_and_the_backward_pass_of_one_block():
     experiment = experiments.load("dinov2_cifar10")
     size = experiment.model.image_size
-    this = setup(experiment, None, CLASSES, 64, 64)
+    this = describe(experiment, None, CLASSES, 64, 64)
     labels, _ = freeze.partition(this.labels, this.labels)
     optimizer = optim.optimizer(experiment.optim, labels, 10)
     train_step = step.train_step(

@@ -82,6 +82,9 @@ def main(argv: list[str]) -> None:
         run(argv)
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("\njaxtl: interrupted; the same command starts this run anew", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,14 @@ def load(data: config.Data, image_size: int, show_progress: Track = no_progress)
     Raises:
         UserError: whatever is wrong with the data or its description; all unreadable images in one message.
     """
-    drawn = listings(data, show_progress)
-    pixels = decode(drawn, image_size, data.resize, show_progress)
+    return read(listings(data, show_progress), data.resize, image_size, show_progress)
+
+
+def read(
+    drawn: Sequence[Listing], resize: str, image_size: int, show_progress: Track = no_progress
+) -> tuple[ImageSet, ImageSet]:
+    """Returns the training and the evaluation images that `listings` drew; see `load`."""
+    pixels = decode(drawn, image_size, resize, show_progress)
     train, evaluation = (
         ImageSet(images, listing.labels, listing.class_names, tuple(listing.ids))
         for images, listing in zip(pixels, drawn, strict=True)

@@ -34,13 +34,16 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     settings = experiment.train
     weights = locate(experiment.model.weights)
-    train_set, eval_set = sources.load(experiment.data, experiment.model.image_size, track)
-    examples = {"train_examples": len(train_set.labels), "eval_examples": len(eval_set.labels)}
-    this = describe(experiment, weights, len(train_set.class_names), **examples)
+    drawn = sources.listings(experiment.data, track)
+    class_names = drawn[0].class_names
+    examples = {name: len(split.labels) for name, split in zip(("train_examples", "eval_examples"), drawn, strict=True)}
+    this = describe(experiment, weights, len(class_names), **examples)
     trained_labels, _ = freeze.partition(this.labels, this.labels)
     optimizer = optim.optimizer(experiment.optim, trained_labels, this.steps)
     params = initial_params(this.net, experiment.model, weights, settings.seed)
     params, frozen = freeze.partition(params, this.labels)
+    # Decoding comes after all that can be wrong with the rest: it may take minutes.
+    train_set, eval_set = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
     seconds = collections.Counter()
 
     prepare, start = preparation(experiment), None
@@ -91,7 +94,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 "trainable_parameters": trainable,
                 "total_parameters": total,
                 **examples,
-                "classes": list(train_set.class_names),
+                "classes": list(class_names),
                 "steps": this.steps,
                 "seconds_train": seconds["train"],
                 "seconds_per_epoch": seconds["train"] * this.steps_per_epoch / this.steps,

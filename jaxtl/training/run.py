@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ import jax
 
 from jaxtl import config
 from jaxtl.errors import UserError
+from jaxtl.training import checkpoint
 
 EXPERIMENT, METRICS, RESULT = "experiment.json", "metrics.jsonl", "result.json"
 
@@ -37,6 +39,9 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
     Raises:
         UserError: the folder holds a run of another experiment, or files that are no run's.
     """
+    parent = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--workdir={workdir}: no permission to write in {parent}")
     if not workdir.exists():
         return None
     if overwrite:
@@ -73,6 +78,8 @@ class Recorder:
 
     def __init__(self, workdir: Path, experiment: config.Experiment):
         workdir.mkdir(parents=True, exist_ok=True)
+        # What a run left that was cut off between its checkpoint and its result.
+        shutil.rmtree(workdir / checkpoint.FOLDER, ignore_errors=True)
         self._workdir = workdir
         _write(workdir / EXPERIMENT, config.to_json(experiment))
         self._metrics = (workdir / METRICS).open("w", encoding="utf-8")

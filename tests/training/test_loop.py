@@ -170,6 +170,14 @@ def test_finished_run_is_reported_a_changed_one_refused_and_overwrite_keeps_the_
     assert json.loads((moved / "result.json").read_text()) == result
 
 
+def test_run_cut_off_before_its_result_is_run_anew(tmp_path):
+    experiment = change(BASE, "train.max_steps=1")
+    result = loop.train(experiment, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    assert finished(tmp_path / "run", experiment, overwrite=False) is None
+    assert loop.train(experiment, tmp_path / "run")["loss"] == result["loss"]
+
+
 def test_folder_with_other_files_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds files but no run"):

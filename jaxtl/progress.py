@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 
@@ -21,27 +21,27 @@ def say(text: str) -> None:
 class Bar:
     """Progress of one long piece of work: `advance` as it goes on, inside a `with` block.
 
-    On a terminal a bar with count, time gone and time left; elsewhere a line every ten seconds.
+    On a terminal a bar with count and time left; elsewhere a line every ten seconds.
     """
 
-    def __init__(self, description: str, total: int):
-        self._description, self._total = description, total
-        self._done, self._note, self._last = 0, "", time.monotonic()
+    def __init__(self, description: str, total: int, done: int = 0):
+        """`done` of `total` were done before: time left is that of the rest, at the speed from here on."""
+        self._description, self._total, self._before = description, total, done
+        self._done, self._note, self._last = done, "", time.monotonic()
         self._start = self._last
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=10),  # the figures need the width of a terminal
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True),
                 TextColumn("left"),
-                TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(description, total=total, note="")
+            self._task = self._bar.add_task(description, total=total, completed=done, note="")
 
     def __enter__(self) -> "Bar":
         if self._bar:
@@ -62,7 +62,7 @@ class Bar:
         now = time.monotonic()
         if now - self._last >= _LINE_EVERY:
             self._last = now
-            left = (now - self._start) / self._done * (self._total - self._done)
+            left = (now - self._start) / (self._done - self._before) * (self._total - self._done)
             say(f"{self._description} {self._done}/{self._total} {self._note} {_duration(left)} left")
 
 

@@ -73,7 +73,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
             number = done // this.steps_per_epoch + 1
             steps = range(done, min(number * this.steps_per_epoch, this.steps))
             title = f"epoch {number}/{settings.epochs}"
-            with Bar(title, len(steps)) as bar:
+            with Bar(title, this.steps, done) as bar:
                 epoch = _EpochReport(this, recorder, bar)
                 state, waited = _run_steps(train_step, state, frozen, key, batches, steps, epoch)
             done = steps.stop
@@ -155,7 +155,8 @@ class Meter:
         return float(self._totals[2] / self.seconds)
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f} accuracy {self.accuracy:.4f} {self.examples_per_second:.1f} images/s"
+        speed = self.examples_per_second
+        return f"loss {self.loss:.4f} accuracy {self.accuracy:.4f} {speed:.{0 if speed >= 10 else 1}f} images/s"
 
 
 class _EpochReport:

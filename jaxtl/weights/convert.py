@@ -10,8 +10,6 @@ import numpy as np
 from jaxtl.errors import UserError
 from jaxtl.weights.tables import Table
 
-_SHOWN = 12  # names listed of each kind of mismatch
-
 
 class Source(Protocol):
     """What is read of a checkpoint; `jaxtl.weights.files` makes one, a plain dict of arrays nearly is one."""
@@ -53,7 +51,7 @@ def read(table: Table, source: Source, targets: Mapping[str, Any], where: str) -
     ignored = re.compile("|".join(table.ignored) or r"(?!)")
     unused = [name for name in by_name if name not in used and not ignored.fullmatch(name)]
     complaints = [
-        f"{what}: {', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}"
+        f"{what}: {', '.join(_grouped(names))}"
         for what, names in (("missing", missing), ("other shapes", shapes), ("not understood", unused))
         if names
     ]
@@ -76,6 +74,14 @@ def write(table: Table, params: Mapping[str, Any], prefix: str = "") -> dict[str
         own = row.path.startswith("classifier/")
         written[name if own else prefix + name] = np.ascontiguousarray(transform.write(np.asarray(params[row.path])))
     return written
+
+
+def _grouped(lines: list[str]) -> list[str]:
+    """Returns the lines with those that differ in the number of a block alone made one: all are told, once."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(re.sub(r"(block_|layer\.)\d+", r"\1*", line), []).append(line)
+    return [same[0] if len(same) == 1 else f"{key} in {len(same)} blocks" for key, same in groups.items()]
 
 
 def _strip(name: str, prefixes: tuple[str, ...]) -> str:

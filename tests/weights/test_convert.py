@@ -63,6 +63,17 @@ def test_all_mismatches_are_told_in_one_message():
     assert "\n" not in message
 
 
+def test_mismatch_of_every_block_is_told_once():
+    table, targets = tables.table(NANO, with_classifier=False), abstract(NANO)
+    source = convert.write(table, values(targets))
+    source = {name: value for name, value in source.items() if not name.endswith("output.dense.bias")}
+    with pytest.raises(UserError) as error:
+        convert.read(table, source, targets, "weights/x")
+    theirs = "encoder.layer.*.attention.output.dense.bias"
+    assert f"block_*/attention/output/bias (their {theirs}) in 4 blocks" in str(error.value)
+    assert "block_1/" not in str(error.value)
+
+
 def test_pooler_mask_token_and_unread_classifier_are_left_aside_by_name():
     table, targets = tables.table(NANO, with_classifier=False), abstract(NANO)
     source = convert.write(table, values(targets), prefix="vit.")

@@ -7,6 +7,7 @@ and the result, written to the run folder as `experiment.json`, is enough to rep
 import ast
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -66,9 +67,10 @@ class Data:
         name: data set name, for tfds.
         dir: the tfds data dir, or the image folder. Empty: the tfds default.
         download: let tfds fetch a data set that is not there.
-        train_split, eval_split: names of the two splits, for tfds (slices as in `train[:80%]` too). The same name
-            twice: the held-out part is drawn from it by `eval_fraction`. For folders, `eval_split` chooses among
-            `val`, `validation` and `test` where several are there.
+        train_split: name of the training split, for tfds (slices as in `train[:80%]` too).
+        eval_split: name of the held-out split. Empty: tfds, `test` or `validation`; folders, `val`, `validation`,
+            `dev` or `test`, in this order. `train`, or none there: the held-out part is drawn from the training
+            split by `eval_fraction`.
         train_size, eval_size: draw this many examples, stratified by class; None takes all.
         eval_fraction: the part split off by seed for evaluation where the source has no held-out split.
         subset_seed: fixes which examples are drawn. Apart from `train.seed`, so that repetitions of a run
@@ -86,7 +88,7 @@ class Data:
     dir: str = ""
     download: bool = True
     train_split: str = "train"
-    eval_split: str = "test"
+    eval_split: str = ""
     train_size: int | None = None
     eval_size: int | None = None
     eval_fraction: float = 0.2
@@ -257,31 +259,51 @@ def _parse(text: str, hint: Any) -> Any:
 
 # --- validation ------------------------------------------------------------------------------------------
 
-_POSITIVE = "greater than zero", lambda value: value > 0
+_POSITIVE = "greater than zero", lambda value: 0 < value < math.inf
 _FRACTION = "at least 0 and below 1", lambda value: 0 <= value < 1
-_NOT_NEGATIVE = "zero or more", lambda value: value >= 0
+_NOT_NEGATIVE = "zero or more", lambda value: 0 <= value < math.inf
+_SEED = "from 0 to 4294967295", lambda value: 0 <= value < 2**32
 
 _CHECKS = {
-    "model.image_size": _POSITIVE,
+    "model.weights": ("a path, a repository or random", bool),
+    "model.image_size": ("from 1 to 4096", lambda value: 1 <= value <= 4096),
     "model.head.hidden": _POSITIVE,
     "model.head.dropout": _FRACTION,
     "data.train_size": _POSITIVE,
     "data.eval_size": _POSITIVE,
     "data.eval_fraction": ("above 0 and below 1", lambda value: 0 < value < 1),
-    "data.subset_seed": _NOT_NEGATIVE,
+    "data.subset_seed": _SEED,
     "optim.learning_rate": _POSITIVE,
     "optim.warmup": _FRACTION,
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.clip_norm": _NOT_NEGATIVE,
+    "optim.multipliers": (
+        "greater than zero each",
+        lambda pairs: all(0 < factor < math.inf for _, factor in pairs),
+    ),
     "plan.cache_budget_gb": _NOT_NEGATIVE,
     "train.epochs": _POSITIVE,
     "train.max_steps": _POSITIVE,
     "train.batch_size": _POSITIVE,
     "train.eval_batch_size": _POSITIVE,
-    "train.seed": _NOT_NEGATIVE,
+    "train.seed": _SEED,
     "train.eval_every": _POSITIVE,
     "train.log_every": _POSITIVE,
 }
+
+
+def checked(experiment: Experiment, where: str) -> Experiment:
+    """Returns the experiment with every field of its declared type: lists as tuples, whole numbers as floats.
+
+    Python does not hold a file to the types of a dataclass: `Optim("adamW")` would otherwise be found out late.
+
+    Raises:
+        UserError: a field of another type; `where` says where it was written.
+    """
+    try:
+        return _decode(dataclasses.asdict(experiment), Experiment)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def validate(experiment: Experiment) -> None:
@@ -332,6 +354,13 @@ def _differences(a: dict, b: dict, prefix: str) -> list[str]:
     return paths
 
 
+def _decode_field(name: str, value: Any, hint: Any) -> Any:
+    try:
+        return _decode(value, hint)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def _decode(value: Any, hint: Any) -> Any:
     """Returns plain data (JSON, a Python literal) as a value of type `hint`; raises ValueError or TypeError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -341,7 +370,7 @@ def _decode(value: Any, hint: Any) -> Any:
             raise ValueError(f"{hint.__name__} must be an object")
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"{hint.__name__} has no field {', '.join(unknown)}")
-        return hint(**{name: _decode(item, hints[name]) for name, item in value.items()})
+        return hint(**{name: _decode_field(name, item, hints[name]) for name, item in value.items()})
     if origin is types.UnionType:
         return None if value is None else _decode(value, args[0])
     if origin is tuple:

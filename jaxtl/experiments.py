@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,11 +48,16 @@ def load(name: str) -> Experiment | Suite:
         raise UserError(f"{path}: an experiment file defines a function experiment() that returns an Experiment")
     try:
         found = function()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: experiment() failed: {error}") from None
-    if not isinstance(found, Experiment | Suite):
+    except Exception as error:  # the user's own code, as in _run
+        raise _own_error(error, path) from None
+    if isinstance(found, Experiment):
+        return config.checked(found, str(path))
+    if not isinstance(found, Suite):
         raise UserError(f"{path}: experiment() returned {type(found).__name__}, not an Experiment or a Suite")
-    return found
+    names = [name for name, _ in found.members]
+    if not names or len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-]+", name) for name in names):
+        raise UserError(f"{path}: a suite's members have names of letters, digits, _ and -, each once: {names}")
+    return Suite(tuple((name, config.checked(member, f"{path}, {name}")) for name, member in found.members))
 
 
 def available_files() -> list[Path]:
@@ -92,11 +98,15 @@ def _run(path: Path):
         writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         spec.loader.exec_module(module)
     except Exception as error:  # the user's own code: any exception, shown where it arose
-        line = getattr(error, "lineno", None) or _last_line(error, path)
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from None
+        raise _own_error(error, path) from None
     finally:
         sys.dont_write_bytecode = writes
     return module
+
+
+def _own_error(error: Exception, path: Path) -> UserError:
+    line = getattr(error, "lineno", None) or _last_line(error, path)
+    return UserError(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _last_line(error: BaseException, path: Path) -> int:

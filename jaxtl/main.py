@@ -10,6 +10,7 @@ holds experiment.json (the resolved experiment), metrics.jsonl, checkpoints/ and
 again reports a finished run.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def run(argv: list[str]) -> None:
 
 
 def _default_name(experiment: Path) -> str:
-    # A run's experiment.json is named by its folder, and repeated beside it.
+    # A run's experiment.json is named by its folder.
     return f"{experiment.resolve().parent.name}-again" if experiment.suffix == ".json" else experiment.stem
 
 
@@ -83,8 +84,16 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("\njaxtl: interrupted; the same command starts this run anew", file=sys.stderr)
-        sys.exit(130)
+        print("\njaxtl: interrupted; the same command starts this run anew", file=sys.stderr, flush=True)
+        # Not sys.exit: threads of grain and XLA at work when the interpreter is taken down end it with a fault.
+        os._exit(130)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for out of memory
+            raise
+        _fail(
+            "out of memory; lower train.batch_size, train.eval_batch_size, plan.cache_budget_gb or model.image_size, "
+            "or set train.precision=bfloat16"
+        )
 
 
 if __name__ == "__main__":

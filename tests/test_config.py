@@ -88,7 +88,7 @@ def test_any_value_of_a_real_field_is_applied_or_a_user_error(path, text):
         ("optim.learning_rate=nan", "optim.learning_rate=nan must be greater than zero"),
         ("optim.warmup=1", "optim.warmup=1.0 must be at least 0 and below 1"),
         ("data.eval_fraction=0", "must be above 0 and below 1"),
-        ("train.seed=-1", "train.seed=-1 must be zero or more"),
+        ("train.seed=-1", "train.seed=-1 must be from 0 to 4294967295"),
     ],
 )
 def test_values_out_of_range_are_named(assignment, message):

@@ -94,6 +94,10 @@ MISTAKES = {
     ),
     "workdir that holds other things": (["--experiment=nano.py", "--workdir=tiny"], "holds files but no run"),
     "experiment that does not work": (["--experiment=wrong.py"], "wrong.py:1: ModuleNotFoundError"),
+    "value misspelt in a file": (["--experiment=adamW.py"], "optim: name: 'adamW' is none of adam, adamw, sgd"),
+    "file whose function fails": (["--experiment=fails.py"], "fails.py:2: KeyError: 'x'"),
+    "workdir below a file": (["--experiment=nano.py", "--workdir=nano.py/x"], "nano.py is not a folder"),
+    "no weights named": (["--experiment=nano.py", "--set=model.weights="], "must be a path, a repository or random"),
     "experiment without its function": (["--experiment=hollow.py"], "defines a function experiment()"),
 }  # fmt: skip
 
@@ -112,6 +116,10 @@ def mistaken(here):
     (here / "empty").mkdir()
     (here / "wrong.py").write_text("import nothing_of_this_name\n")
     (here / "hollow.py").write_text("experiment = 3\n")
+    (here / "fails.py").write_text("def experiment():\n    return {}['x']\n")
+    (here / "adamW.py").write_text(
+        NANO.replace("train=", 'optim=Optim("adamW"), train=').replace("Model,", "Model, Optim,")
+    )
     image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
     for name in ("one_class/train/cat", "one_class/val/cat", "broken/cat", "broken/dog"):
         (here / name).mkdir(parents=True)

@@ -12,7 +12,8 @@ from jaxtl import config
 from jaxtl.data.listing import Listing, Track
 from jaxtl.errors import UserError
 
-_HELD_OUT = ("val", "validation", "test")
+_TRAIN = ("train", "training")
+_HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LAYOUT = (
     "an image folder is DIR/train/CLASS/IMAGE beside DIR/val/CLASS/IMAGE (or validation, or test), or "
@@ -32,16 +33,13 @@ def image_folder(data: config.Data, show_progress: Track) -> list[Listing]:
     if not data.dir or not root.is_dir():
         raise UserError(f"data.dir={data.dir!r} is not a folder: {LAYOUT}")
     folders = {folder.name.lower(): folder for folder in _folders(root)}
-    held_out = [name for name in (data.eval_split, *_HELD_OUT) if name in folders]
-    if "train" in folders and _folders(folders["train"]):
-        splits = [folders["train"], *(folders[name] for name in held_out[:1])]
-    else:
-        splits = [root]
+    train = next((name for name in _TRAIN if name in folders and _folders(folders[name])), None)
+    splits = [folders[train], *_held_out(data.eval_split.lower(), train, folders, root)] if train else [root]
     found = [{folder.name: list(_images(folder, root)) for folder in _folders(split)} for split in splits]
     names = tuple(sorted(found[0]))
     if empty := [name for name in names if not found[0][name]]:
         raise UserError(f"{splits[0]}: no images in {', '.join(empty)}; {LAYOUT}")
-    if len(names) < 2 or (splits == [root] and set(folders) <= set(_HELD_OUT)):
+    if len(names) < 2 or (splits == [root] and set(folders) <= {*_TRAIN, *_HELD_OUT}):
         raise UserError(f"{splits[0]} holds {', '.join(names) or 'no folders'}: {LAYOUT}")
     if unknown := sorted(set(found[-1]) - set(names)):
         raise UserError(f"{splits[-1]} has classes that {splits[0]} has not: {', '.join(unknown)}")
@@ -56,6 +54,24 @@ def image_folder(data: config.Data, show_progress: Track) -> list[Listing]:
         ids = [path.relative_to(root).as_posix() for path in paths]
         listings.append(Listing(labels, names, ids, paths, lambda run: [partial(Image.open, path) for path in run]))
     return listings
+
+
+def _held_out(chosen: str, train: str, folders: dict[str, Path], root: Path) -> list[Path]:
+    """Returns the folder of the held-out split; none where it is to be drawn from the training split."""
+    if chosen in (*_TRAIN, train):
+        return []
+    others = sorted(set(folders) - {train})
+    name = chosen or next((name for name in _HELD_OUT if name in folders), None)
+    if name in folders:
+        return [folders[name]]
+    if others:
+        raise UserError(
+            f"{root} holds {train} beside {', '.join(others)}: name the held-out split with data.eval_split "
+            "(train: draw it from the training images)"
+        )
+    if chosen:
+        raise UserError(f"data.eval_split={chosen}: there is no such folder in {root}")
+    return []
 
 
 def _folders(folder: Path) -> list[Path]:

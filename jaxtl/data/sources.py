@@ -132,6 +132,8 @@ def _detect(data: config.Data) -> str:
         return "tfds"
     if folder.holds_images(root):
         return "folder"
+    if next(root.glob("**/dataset_info.json"), None) or (root / "dataset_info.json").is_file():
+        raise UserError(f"data.dir={data.dir} lies inside a tfds data dir: {tfds.LAYOUT}; give DIR")
     missing = "has neither layout" if root.is_dir() else "is not a folder"
     raise UserError(
         f"data.dir={data.dir} {missing}: {tfds.LAYOUT} (set data.source=tfds to have one prepared there); "

@@ -55,8 +55,9 @@ def tensorflow_datasets(data: config.Data, show_progress: Track) -> list[Listing
     def example(record: bytes) -> Any:
         return tf_example_pb2.Example.FromString(record).features.feature
 
-    def listing(field: str) -> Listing:
-        split = getattr(data, field)
+    held_out = data.eval_split or next((name for name in ("test", "validation") if name in builder.info.splits), "")
+
+    def listing(field: str, split: str) -> Listing:
         raw = tfds.decode.DeserializeMethod.RAW_BYTES  # six times as fast as decoding all but the image
         try:
             records = builder.as_data_source(split, deserialize_method=raw)
@@ -92,10 +93,9 @@ def tensorflow_datasets(data: config.Data, show_progress: Track) -> list[Listing
         ids = [f"{split}:{row}" for row in range(len(labels))]
         return Listing(np.array(labels, np.int32), class_names, ids, range(len(labels)), read)
 
-    only_one = list(builder.info.splits) == [data.train_split] and data.eval_split == config.Data.eval_split
-    if only_one or data.eval_split == data.train_split:
-        return [listing("train_split")]
-    return [listing("train_split"), listing("eval_split")]
+    if held_out in ("", data.train_split):
+        return [listing("train_split", data.train_split)]
+    return [listing("train_split", data.train_split), listing("eval_split", held_out)]
 
 
 def prepared_sets(root: Path) -> dict[str, list[Path]]:

@@ -121,7 +121,9 @@ def _check(config: Config, reads: str, image_size: int) -> None:
         if image_size < 2 ** len(config.blocks):
             raise ValueError(f"VGG19 needs images of at least {2 ** len(config.blocks)} pixels")
     else:
-        allowed = ("cls", "cls_patches") if config.classes is None else ("cls", "cls_patches", "logits")
+        # DeiT's distillation token is neither the class token nor a patch.
+        allowed = ("cls",) if config.family == "deit" else ("cls", "cls_patches")
+        allowed += ("logits",) if config.classes else ()
         if image_size % config.patch_size:
             lower = max(image_size // config.patch_size, 1) * config.patch_size
             raise ValueError(

@@ -1,11 +1,12 @@
 """Trained parameters on disk, through Orbax.
 
 Only what was trained is saved: frozen parameters are named by `model.weights` (or by the seed, where those are
-random) and read again from there.
+random) and read again from there. Their digest, in result.json, tells whether they are still the same.
 """
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def restore(workdir: Path) -> dict[str, np.ndarray]:
             return dict(manager.restore(step, args=ocp.args.StandardRestore(target)))
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             raise UserError(f"{workdir / FOLDER / str(step)} cannot be read: {error}") from None
+
+
+def digest(params: Mapping[str, Any]) -> str:
+    """Returns a SHA-256, in hexadecimal, of parameters by path: names, shapes and bytes."""
+    sha256 = hashlib.sha256()
+    for path in sorted(params):
+        value = np.ascontiguousarray(params[path])
+        sha256.update(f"{path} {value.shape} {value.dtype}\n".encode())
+        sha256.update(value.data)
+    return sha256.hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,19 +1,16 @@
 """What would be trained, on what, and how: printed before anything is."""
 
 import collections
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from jaxtl.config import Data, Experiment, Model, Suite
-from jaxtl.data import sources
+from jaxtl.config import Data, Experiment, Suite
+from jaxtl.data.listing import Listing
 from jaxtl.evaluation import compare
 from jaxtl.training import freeze, suite
-from jaxtl.training.network import locate
-from jaxtl.training.setup import Setup, count, describe
-from jaxtl.weights.hub import is_repo_id
+from jaxtl.training.setup import Setup, count, preview
 
 
 def explain(chosen: Experiment | Suite, workdir: Path) -> None:
@@ -24,31 +21,14 @@ def explain(chosen: Experiment | Suite, workdir: Path) -> None:
     Raises:
         UserError: what would stop the run.
     """
-    members = suite.resolve(chosen, workdir) if isinstance(chosen, Suite) else [("", chosen)]
-    before = [str(workdir / name) for name, _ in members]
-    for name, experiment in members:
-        folder = workdir / name if name else workdir
-        splits = [_Split(listing.labels, listing.class_names) for listing in sources.listings(experiment.data)]
-        weights = None
-        if experiment.model.weights not in before:  # a run of this suite need not be there yet
-            weights = _local(experiment.model)
-        this = describe(experiment, weights, len(splits[0].class_names), *(len(split.labels) for split in splits))
-        _show(name, this, splits, folder)
+    if isinstance(chosen, Experiment):
+        _show("", *preview(chosen, download=False), workdir)
+        return
+    for name, member, source in suite.resolve(chosen, workdir):
+        _show(name, *preview(member, download=False, to_come=source is not None), workdir / name)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-
-
-def _local(model: Model) -> Path | None:
-    """Returns where the weights lie if that is here. What the Hub holds is fetched only where its size is asked for."""
-    there = Path(model.weights).expanduser().exists()
-    return locate(model.weights) if there or model.preset == "from_weights" or not is_repo_id(model.weights) else None
-
-
-def _show(name: str, this: Setup, splits: list[_Split], workdir: Path) -> None:
+def _show(name: str, this: Setup, splits: list[Listing], workdir: Path) -> None:
     experiment = this.experiment
     model, head, data, settings = experiment.model, experiment.model.head, experiment.data, experiment.train
     learning, resting = freeze.partition(this.net.params, this.labels)
@@ -91,7 +71,7 @@ def _source(data: Data) -> str:
     return " ".join(part for part in (data.source, data.name, data.dir) if part)
 
 
-def _classes(split: _Split) -> str:
+def _classes(split: Listing) -> str:
     numbers = np.bincount(split.labels, minlength=len(split.class_names))
     shown = [f"{name} {number}" for name, number in zip(split.class_names, numbers, strict=True)][:12]
     return ", ".join(shown) + (", .." if len(split.class_names) > 12 else "")

@@ -116,6 +116,11 @@ def trainable_mask(labels: Mapping[str, str]) -> dict[str, bool]:
     return {path: label != FROZEN for path, label in labels.items()}
 
 
+def trained(labels: Mapping[str, str]) -> dict[str, str]:
+    """Returns the labels of the trainable parameters alone."""
+    return {path: label for path, label in labels.items() if label != FROZEN}
+
+
 def partition(params: Mapping[str, Any], labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits parameters into (trainable, frozen)."""
     trainable = {path: value for path, value in params.items() if labels[path] != FROZEN}

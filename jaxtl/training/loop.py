@@ -17,7 +17,7 @@ from jaxtl.evaluation import metrics
 from jaxtl.progress import Bar, say, track
 from jaxtl.training import cache, checkpoint, freeze, optim, run, step
 from jaxtl.training.network import initial_params, locate
-from jaxtl.training.setup import Setup, count, describe
+from jaxtl.training.setup import Setup, count, look
 
 # Steps sent to the device ahead of the one whose metrics are read: enough to keep it busy.
 _AHEAD = 2
@@ -34,12 +34,8 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     settings = experiment.train
     weights = locate(experiment.model.weights)
-    drawn = sources.listings(experiment.data, track)
-    class_names = drawn[0].class_names
-    examples = {name: len(split.labels) for name, split in zip(("train_examples", "eval_examples"), drawn, strict=True)}
-    this = describe(experiment, weights, len(class_names), **examples)
-    trained_labels, _ = freeze.partition(this.labels, this.labels)
-    optimizer = optim.optimizer(experiment.optim, trained_labels, this.steps)
+    this, drawn = look(experiment, weights, track)
+    optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), this.steps)
     params = initial_params(this.net, experiment.model, weights, settings.seed)
     params, frozen = freeze.partition(params, this.labels)
     # Decoding comes after all that can be wrong with the rest: it may take minutes.
@@ -93,13 +89,16 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 "train_loss": epoch.meter.loss,
                 "trainable_parameters": trainable,
                 "total_parameters": total,
-                **examples,
-                "classes": list(class_names),
+                "train_examples": len(train_set.labels),
+                "eval_examples": len(eval_set.labels),
+                "classes": list(train_set.class_names),
+                "frozen_sha256": checkpoint.digest(frozen),
                 "steps": this.steps,
-                "seconds_train": seconds["train"],
-                "seconds_per_epoch": seconds["train"] * this.steps_per_epoch / this.steps,
-                "seconds_compile": seconds["compile"],
+                # The frozen prefix is part of the work, although it runs before the first epoch.
+                "seconds_train": seconds["cache"] + seconds["train"],
+                "seconds_per_epoch": (seconds["cache"] + seconds["train"]) * this.steps_per_epoch / this.steps,
                 "seconds_cache": seconds["cache"],
+                "seconds_compile": seconds["compile"],
                 "seconds_waiting_for_input": seconds["waiting_for_input"],
                 "seconds_total": time.perf_counter() - started,
                 "peak_memory_bytes": run.peak_memory_bytes(),

@@ -1,6 +1,7 @@
 """The network of an experiment: its architecture, stages and parameters, and the values they start from."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,10 @@ def locate(weights: str) -> Path | None:
         return path
     if not hub.is_repo_id(weights):
         raise UserError(f"model.weights={weights}: there is no such file or folder, and it is not a repository's name")
-    return hub.fetch(weights)
+    try:
+        return hub.fetch(weights)
+    except UserError as error:
+        raise UserError(f"model.weights={weights}: there is no such file or folder here, and {error}") from None
 
 
 def initial_params(net: Network, model: config.Model, weights: Path | None, seed: int) -> stages.Params:
@@ -143,17 +147,29 @@ def _run_experiment(folder: Path) -> config.Experiment:
 
 
 def _of_run(folder: Path, backbone: stages.Params) -> stages.Params:
-    """Returns the backbone that a run trained: what it started from, overlaid with what it saved."""
+    """Returns the backbone that a run trained: what it started from, overlaid with what it saved.
+
+    What it started from must be what it was then, by the digest in its result.
+    """
     trained = checkpoint.restore(folder)
     experiment = _run_experiment(folder)
-    missing = [path for path in backbone if path not in trained]
-    values = {path: value for path, value in trained.items() if path in backbone}
-    if missing:
-        weights = locate(experiment.model.weights)
-        # The head is no part of what is asked for, so that its number of classes does not matter.
-        theirs = network(experiment.model, 2, experiment.train.precision, weights)
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        classes, digest = len(result["classes"]), result["frozen_sha256"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder}: the run there has not finished; run it first") from None
+    weights = locate(experiment.model.weights)
+    theirs = network(experiment.model, classes, experiment.train.precision, weights)
+    frozen = {}
+    if len(trained) < len(theirs.params):
         start = initial_params(theirs, experiment.model, weights, experiment.train.seed)
-        values |= {path: start[path] for path in missing if path in start}
+        frozen = {path: value for path, value in start.items() if path not in trained}
+    if checkpoint.digest(frozen) != digest:
+        raise UserError(
+            f"{folder}: its frozen parameters came from model.weights={experiment.model.weights}, which has changed "
+            "since; put the weights of then back, or run it again"
+        )
+    values = {path: value for path, value in {**frozen, **trained}.items() if path in backbone}
     wrong = [path for path, leaf in backbone.items() if path not in values or values[path].shape != leaf.shape]
     if wrong:
         raise UserError(f"{folder} holds a run of another model: {', '.join(wrong[:3])} do not match")

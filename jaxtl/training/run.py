@@ -29,40 +29,37 @@ _PACKAGES = ("jaxtl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 
 
 def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> dict[str, Any] | None:
-    """Looks at a run folder before anything is done: returns the result of a finished run, None where there is none.
+    """Looks at a run folder before anything is done: returns a finished run's result, None where one is to be made.
 
     Args:
         workdir: the folder, which need not exist.
         experiment: what is about to run there.
-        overwrite: move what is there aside, under a name that says when, and start anew.
+        overwrite: run anew even so; what is there is moved aside when the new run begins to write.
 
     Raises:
-        UserError: the folder holds a run of another experiment, or files that are no run's.
+        UserError: the folder holds a run of another experiment, files that are no run's, or cannot be written.
     """
-    parent = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--workdir={workdir}: no permission to write in {parent}")
-    if not workdir.exists():
-        return None
-    if overwrite:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        workdir.rename(workdir.with_name(f"{workdir.name}.{stamp}"))
-        return None
-    if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is not a folder")
-    path = workdir / EXPERIMENT
-    if not path.is_file():
-        if any(workdir.iterdir()):
-            raise UserError(f"--workdir={workdir} holds files but no run; choose an empty folder, or a new name")
-        return None
-    before = config.from_json(path.read_text(encoding="utf-8"), str(path))
-    if changed := config.differences(before, experiment):
-        raise UserError(
-            f"{workdir} holds a run with other settings ({', '.join(changed)}); give another --workdir, "
-            "or --overwrite to move the old run aside"
-        )
-    result = workdir / RESULT
-    return json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
+    path, result = workdir / EXPERIMENT, workdir / RESULT
+    if path.is_file() and result.is_file() and not overwrite:
+        try:
+            before = config.from_json(path.read_text(encoding="utf-8"), str(path))
+            done = json.loads(result.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{workdir} holds a damaged run ({error}); --overwrite moves it aside") from None
+        if changed := config.differences(before, experiment):
+            raise UserError(
+                f"{workdir} holds a run with other settings ({', '.join(changed)}); give another --workdir, "
+                "or --overwrite to move the old run aside"
+            )
+        return done
+    if workdir.is_dir() and not path.is_file() and any(workdir.iterdir()):
+        raise UserError(f"--workdir={workdir} holds files but no run; choose an empty folder, or a new name")
+    there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"--workdir={workdir}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--workdir={workdir}: no permission to write in {there}")
+    return None
 
 
 class Figures(Protocol):
@@ -74,11 +71,17 @@ class Figures(Protocol):
 
 
 class Recorder:
-    """Writes the files of a run. Creating it begins the run anew in its folder."""
+    """Writes the files of a run.
+
+    Creating it begins the run anew in its folder: a finished run there is moved aside, under a name that says when;
+    what a run left that never finished is written over.
+    """
 
     def __init__(self, workdir: Path, experiment: config.Experiment):
+        workdir = workdir.absolute()
+        if (workdir / RESULT).exists():
+            workdir.rename(workdir.with_name(f"{workdir.name}.{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"))
         workdir.mkdir(parents=True, exist_ok=True)
-        # What a run left that was cut off between its checkpoint and its result.
         shutil.rmtree(workdir / checkpoint.FOLDER, ignore_errors=True)
         self._workdir = workdir
         _write(workdir / EXPERIMENT, config.to_json(experiment))

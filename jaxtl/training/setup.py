@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxtl.config import Experiment
-from jaxtl.data import loader
+from jaxtl.data import loader, sources
+from jaxtl.data.listing import Listing, Track, no_progress
 from jaxtl.models import stages
 from jaxtl.training import freeze, plan
-from jaxtl.training.network import Network, network
+from jaxtl.training.network import Network, locate, network
+from jaxtl.weights.hub import is_repo_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,38 @@ def describe(
     examples, passes = train_examples + eval_examples, steps / steps_per_epoch
     decided = plan.make(experiment, boundary, activations, examples, passes)
     return Setup(experiment, net, labels, steps_per_epoch, steps, activations, decided)
+
+
+def look(
+    experiment: Experiment, weights: Path | None, show_progress: Track = no_progress
+) -> tuple[Setup, list[Listing]]:
+    """Describes the run of an experiment on its data, which is listed and drawn from but not decoded.
+
+    Raises:
+        UserError: see `describe` and `jaxtl.data.sources.listings`.
+    """
+    drawn = sources.listings(experiment.data, show_progress)
+    return describe(experiment, weights, len(drawn[0].class_names), *(len(split.labels) for split in drawn)), drawn
+
+
+def preview(experiment: Experiment, *, download: bool, to_come: bool = False) -> tuple[Setup, list[Listing]]:
+    """Describes a run before it is time for it: fetches no weights, and no data where `download` is False.
+
+    What the Hub holds is fetched only where its size is asked for.
+
+    Args:
+        experiment: what is asked for.
+        download: whether data may be fetched and prepared, as far as the experiment allows it.
+        to_come: the weights are those of a run that is still to be made.
+
+    Raises:
+        UserError: see `look`.
+    """
+    model = experiment.model
+    here = Path(model.weights).expanduser().exists() or not is_repo_id(model.weights)
+    weights = locate(model.weights) if not to_come and (here or model.preset == "from_weights") else None
+    data = dataclasses.replace(experiment.data, download=download and experiment.data.download)
+    return look(dataclasses.replace(experiment, data=data), weights)
 
 
 def count(params: stages.Params) -> int:

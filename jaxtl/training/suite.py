@@ -11,6 +11,7 @@ from jaxtl.evaluation import compare
 from jaxtl.progress import say
 from jaxtl.training import loop
 from jaxtl.training import run as run_folder
+from jaxtl.training.setup import preview
 
 _MEMBER = "suite:"  # model.weights of a member that starts from an earlier one
 
@@ -54,29 +55,39 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
         done = run_folder.finished(workdir, chosen, overwrite)
         compare.show_result(done or loop.train(chosen, workdir), workdir, new=done is None)
         return
-    results = {}
-    for name, member in resolve(chosen, workdir):
+    if (workdir / run_folder.EXPERIMENT).exists():
+        raise UserError(f"--workdir={workdir} holds a single run; a suite needs a folder of its own")
+    members = resolve(chosen, workdir)
+    done = {name: run_folder.finished(workdir / name, member, overwrite) for name, member, _ in members}
+    for name, member, source in members:
+        # A run made from what is about to change is no longer what its settings say.
+        if source is not None and done[source] is None:
+            done[name] = None
+        if done[name] is None:  # mistakes in the last member must not show after the first has been trained
+            preview(member, download=True, to_come=source is not None)
+    for name, member, _ in members:
         say(f"--- {name}")
-        folder = workdir / name
-        results[name] = run_folder.finished(folder, member, overwrite) or loop.train(member, folder)
-    compare.show_results(results)
+        done[name] = done[name] or loop.train(member, workdir / name)
+    compare.show_results(done)
 
 
-def resolve(suite: Suite, workdir: Path) -> list[tuple[str, Experiment]]:
-    """Returns the members with `suite:NAME` weights replaced by the folders of those runs.
+def resolve(suite: Suite, workdir: Path) -> list[tuple[str, Experiment, str | None]]:
+    """Returns (name, experiment, name of the member whose weights it starts from or None) of each member.
+
+    In the experiments, `suite:NAME` weights are replaced by the folders of those runs.
 
     Raises:
         UserError: a member starts from one that does not come before it.
     """
-    before: list[str] = []
-    members = []
+    members: list[tuple[str, Experiment, str | None]] = []
     for name, member in suite.members:
-        weights = member.model.weights
-        if weights.startswith(_MEMBER):
-            source = weights.removeprefix(_MEMBER)
-            if source not in before:
-                raise UserError(f"{name}: model.weights={weights}: no member {source!r} comes before it")
-            member = dataclasses.replace(member, model=dataclasses.replace(member.model, weights=str(workdir / source)))
-        before.append(name)
-        members.append((name, member))
+        source = None
+        if member.model.weights.startswith(_MEMBER):
+            source = member.model.weights.removeprefix(_MEMBER)
+            if source not in (before for before, _, _ in members):
+                raise UserError(f"{name}: model.weights={member.model.weights}: no member {source!r} comes before it")
+            # Absolute, so that the run can be used as weights from another folder too.
+            model = dataclasses.replace(member.model, weights=str((workdir / source).absolute()))
+            member = dataclasses.replace(member, model=model)
+        members.append((name, member, source))
     return members

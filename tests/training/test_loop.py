@@ -166,8 +166,26 @@ def test_finished_run_is_reported_a_changed_one_refused_and_overwrite_keeps_the_
     with pytest.raises(UserError, match=r"other settings \(optim.learning_rate, train.seed\)"):
         finished(workdir, change(experiment, "train.seed=3", "optim.learning_rate=1"), overwrite=False)
     assert finished(workdir, experiment, overwrite=True) is None
+    assert not list(tmp_path.glob("run.*"))  # nothing is moved before the new run begins to write
+    loop.train(change(experiment, "train.seed=3"), workdir)
     (moved,) = tmp_path.glob("run.*")
     assert json.loads((moved / "result.json").read_text()) == result
+
+
+def test_run_that_never_finished_gives_way_to_other_settings(tmp_path):
+    with pytest.raises(UserError, match=r"try a lower optim\.learning_rate"):
+        loop.train(change(BASE, "optim.name=sgd", "optim.learning_rate=1e30", "freeze=train_all()"), tmp_path / "run")
+    better = change(BASE, "train.max_steps=1")
+    assert finished(tmp_path / "run", better, overwrite=False) is None
+    assert loop.train(better, tmp_path / "run")["steps"] == 1
+
+
+def test_damaged_result_is_told_and_can_be_moved_aside(tmp_path):
+    loop.train(change(BASE, "train.max_steps=1"), tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text("{")
+    with pytest.raises(UserError, match="holds a damaged run"):
+        finished(tmp_path / "run", BASE, overwrite=False)
+    assert finished(tmp_path / "run", BASE, overwrite=True) is None
 
 
 def test_run_cut_off_before_its_result_is_run_anew(tmp_path):
@@ -180,19 +198,50 @@ def test_run_cut_off_before_its_result_is_run_anew(tmp_path):
 
 def test_folder_with_other_files_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds files but no run"):
-        finished(tmp_path, BASE, overwrite=False)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds files but no run"):
+            finished(tmp_path, BASE, overwrite)
+    with pytest.raises(UserError, match=r"thesis.tex is not a folder"):
+        finished(tmp_path / "thesis.tex" / "run", BASE, overwrite=False)
 
 
 def test_suite_hands_a_run_on_and_repeats_nothing(tmp_path, capsys):
     small = change(BASE, "train.max_steps=2")
     chosen = config.Suite((("a", small), ("b", change(small, "model.weights=suite:a"))))
     suite.run(chosen, tmp_path)
-    before = (tmp_path / "a" / "result.json").stat().st_mtime_ns
     assert json.loads((tmp_path / "b" / "experiment.json").read_text())["model"]["weights"] == str(tmp_path / "a")
+    stamps = {name: (tmp_path / name / "result.json").stat().st_mtime_ns for name in "ab"}
     suite.run(chosen, tmp_path)
-    assert (tmp_path / "a" / "result.json").stat().st_mtime_ns == before
+    assert stamps == {name: (tmp_path / name / "result.json").stat().st_mtime_ns for name in "ab"}
     assert capsys.readouterr().out.count("accuracy") == 2
+
+
+def test_run_made_from_weights_that_are_made_anew_is_made_anew_too(tmp_path):
+    small = change(BASE, "train.max_steps=1")
+    chosen = config.Suite((("a", small), ("b", change(small, "model.weights=suite:a"))))
+    suite.run(chosen, tmp_path)
+    (tmp_path / "a" / "result.json").unlink()
+    suite.run(chosen, tmp_path)
+    assert len(list(tmp_path.glob("b.*"))) == 1  # the old one, moved aside
+
+
+def test_frozen_weights_that_changed_under_a_run_are_noticed(tmp_path):
+    first = change(BASE, "train.max_steps=1")
+    second = change(first, f"model.weights={tmp_path / 'first'}")
+    loop.train(first, tmp_path / "first")
+    loop.train(second, tmp_path / "second")
+    third = change(first, f"model.weights={tmp_path / 'second'}")
+    loop.train(third, tmp_path / "third")
+    loop.train(change(first, "train.seed=5"), tmp_path / "first")
+    with pytest.raises(UserError, match="which has changed since"):
+        loop.train(third, tmp_path / "fourth")
+
+
+def test_mistake_in_the_last_member_of_a_suite_is_found_before_the_first_is_trained(tmp_path):
+    wrong = change(BASE, 'freeze=train_from("block_9")')
+    with pytest.raises(UserError, match="no stage 'block_9'"):
+        suite.run(config.Suite((("a", BASE), ("b", wrong))), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_suite_member_that_starts_from_a_later_one_is_refused(tmp_path):

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxtl import config, experiments
@@ -34,8 +33,7 @@ def prepare(raw, key):
 def make(experiment, start=None):
     this = describe(experiment, None, CLASSES, 64, 64)
     params, frozen = freeze.partition(initial_params(this.net, experiment.model, None, 0), this.labels)
-    labels, _ = freeze.partition(this.labels, this.labels)
-    optimizer = optim.optimizer(experiment.optim, labels, 10)
+    optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), 10)
     stages = freeze.frozen_stages(this.labels, this.net.stages)
     train_step = step.train_step(this.net.structure, optimizer, prepare, stages, start)
     return this, train_step, step.TrainState.create(params, optimizer), frozen
@@ -50,10 +48,9 @@ def batch(seed=0):
     }
 
 
-def test_frozen_leaves_have_no_optimizer_state_and_stay_bitwise_equal_under_decay_and_clipping():
+def test_frozen_leaves_are_neither_returned_nor_in_the_optimizer_state_under_decay_and_clipping():
     experiment = nano(freeze.train_from("block_4"), name="adamw", weight_decay=0.5, clip_norm=1.0, learning_rate=1e-2)
     _, train_step, state, frozen = make(experiment)
-    before = {path: np.asarray(value) for path, value in frozen.items()}
     started = {path: np.asarray(value) for path, value in state.params.items()}
     moments = {leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
     assert moments <= {value.shape for value in started.values()}
@@ -62,8 +59,7 @@ def test_frozen_leaves_have_no_optimizer_state_and_stay_bitwise_equal_under_deca
     )
     for seed in range(5):
         state, _ = train_step(state, frozen, batch(seed), jax.random.key(0))
-    for path, value in before.items():
-        np.testing.assert_array_equal(np.asarray(frozen[path]), value, path)
+    assert not state.params.keys() & frozen.keys()
     for path, value in started.items():
         assert not np.array_equal(np.asarray(state.params[path]), value), path
 
@@ -161,8 +157,7 @@ def test_last_block_step_of_dinov2_costs_one_forward_pass_and_the_backward_pass_
     experiment = experiments.load("dinov2_cifar10")
     size = experiment.model.image_size
     this = describe(experiment, None, CLASSES, 64, 64)
-    labels, _ = freeze.partition(this.labels, this.labels)
-    optimizer = optim.optimizer(experiment.optim, labels, 10)
+    optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), 10)
     train_step = step.train_step(
         this.net.structure, optimizer, lambda raw, key: raw, freeze.frozen_stages(this.labels, this.net.stages)
     )
@@ -195,11 +190,3 @@ def test_no_activation_of_the_frozen_prefix_is_kept_for_a_backward_pass():
     activations = BATCH * TOKENS * WIDTH * 4
     # Training everything keeps at least 8 activations of width D a block (norms, query, key, value, attention, MLP).
     assert temporary(freeze.train_all()) - temporary(freeze.train_head_only()) > DEPTH * 8 * activations
-
-
-def test_optax_chain_counts_trainable_leaves_only():
-    labels = {"head/kernel": "train"}
-    optimizer = optim.optimizer(config.Optim(name="adam"), labels, 10)
-    state = optimizer.init({"head/kernel": jnp.ones((2, 2))})
-    assert isinstance(optimizer, optax.GradientTransformation)
-    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim == 2) == 8

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from transformers import Dinov2Model
 
 from jaxtl.config import Experiment
-from jaxtl.data.sources import ImageSet
+from jaxtl.data.listing import ImageSet
+from jaxtl.training.freeze import train_from
 
 _MEAN, _DEVIATION = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -49,8 +50,24 @@ class Classifier(torch.nn.Module):
 
 
 def train(experiment: Experiment, train_set: ImageSet, eval_set: ImageSet, precision: str) -> dict[str, Any]:
-    """Trains and evaluates; returns accuracy, loss and times like a jaxtl run's result."""
+    """Trains and evaluates; returns accuracy, loss and times like a jaxtl run's result.
+
+    Raises:
+        ValueError: the experiment asks for what this peer does not have.
+    """
     settings = experiment.train
+    head, optim = experiment.model.head, experiment.optim
+    has = (head.kind, head.reads, experiment.data.scale, experiment.data.augment, experiment.freeze)
+    if has != ("mlp", "cls", "imagenet", "none", train_from("block_12")):
+        raise ValueError("this peer trains block 12 and an mlp on the class token, without augmentation")
+    if (optim.name, optim.schedule, optim.warmup, optim.clip_norm, settings.max_steps) != (
+        "adam",
+        "constant",
+        0,
+        0,
+        None,
+    ):
+        raise ValueError("this peer trains whole epochs with Adam at a constant rate")
     torch.manual_seed(settings.seed)
     model = Classifier(experiment.model.weights, len(train_set.class_names), experiment, first_trained=11)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]

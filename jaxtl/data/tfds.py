@@ -146,7 +146,7 @@ def _prepare(root: Path, name: str, known: Sequence[str], download: bool, show_p
         reason = (result.stderr.strip() or "no message").splitlines()[-1]
         attempt = f"preparing it here failed ({_one_line(reason)})"
     else:
-        attempt = "data.download is off"
+        attempt = "nothing is downloaded (--explain, or data.download=false)"
     raise UserError(
         f"data.name={name} is not prepared in {root / base}, and {attempt}. Where there is a network: pip install "
         f"tensorflow tensorflow-datasets importlib_resources; tfds build {name} --file_format=array_record "

@@ -18,7 +18,9 @@ READERS = {
 class Head(nnx.Module):
     """`fc`: dropout, dense. `mlp`: dense, ReLU, dropout, dense.
 
-    Kernels start from Glorot's uniform distribution, biases from zero, as Keras's Dense does.
+    The output layer starts from zero, as in ViT's fine-tuning (Dosovitskiy et al. 2020, 3.2): a pretrained backbone's
+    features are large, and a random layer on them would begin by being confidently wrong. The hidden layer starts from
+    the uniform distribution between +-1 / sqrt(inputs) (LeCun et al. 1998), as torch's Linear does.
     """
 
     def __init__(
@@ -33,11 +35,11 @@ class Head(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        init = nnx.initializers.glorot_uniform()
         if kind == "mlp":
-            self.hidden = layers.Dense(inputs, hidden, init=init, dtype=dtype, rngs=rngs)
+            uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+            self.hidden = layers.Dense(inputs, hidden, init=uniform, dtype=dtype, rngs=rngs)
             inputs = hidden
-        self.output = layers.Dense(inputs, classes, init=init, dtype=dtype, rngs=rngs)
+        self.output = layers.Dense(inputs, classes, init=nnx.initializers.zeros_init(), dtype=dtype, rngs=rngs)
         self.kind, self.reads, self.dropout = kind, reads, dropout
 
     def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:

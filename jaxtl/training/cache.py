@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxtl.data import loader
-from jaxtl.data.sources import ImageSet
+from jaxtl.data.listing import ImageSet
 from jaxtl.progress import track
 
 

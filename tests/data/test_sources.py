@@ -119,8 +119,46 @@ def test_nested_and_upper_case_files_count_and_hidden_and_other_files_do_not(fol
 
 def test_the_split_that_eval_split_names_wins_over_the_others(folder):
     write_images(folder / "test", {"ant": 1, "bee": 2})
-    assert len(load(dir=str(folder))[1].ids) == 3
-    assert len(load(dir=str(folder), eval_split="val")[1].ids) == 8
+    assert len(load(dir=str(folder))[1].ids) == 8  # val: a test split is not for choosing models by
+    assert len(load(dir=str(folder), eval_split="test")[1].ids) == 3
+
+
+def test_held_out_part_is_drawn_from_the_training_images_when_that_is_asked_for(folder):
+    train, held_out = load(dir=str(folder), eval_split="train")
+    assert (len(train.ids), len(held_out.ids)) == (16, 4)
+    assert not set(train.ids) & set(held_out.ids)
+
+
+@pytest.mark.parametrize("training", ["train", "training"])
+@pytest.mark.parametrize("held_out", ["val", "valid", "validation", "dev", "test"])
+def test_usual_names_of_splits_are_known_and_never_taken_for_classes(tmp_path, training, held_out):
+    write_images(tmp_path / training, {"ant": 3, "bee": 3})
+    write_images(tmp_path / held_out, {"ant": 1, "bee": 1})
+    train, evaluation = load(dir=str(tmp_path))
+    assert (train.class_names, len(train.ids), len(evaluation.ids)) == (("ant", "bee"), 6, 2)
+
+
+@pytest.mark.parametrize("fields", [{"eval_split": "vall"}, {}])
+def test_split_folder_that_is_not_understood_is_an_error_and_never_left_out(tmp_path, fields):
+    write_images(tmp_path / "train", {"ant": 3, "bee": 3})
+    write_images(tmp_path / "holdout", {"ant": 1, "bee": 1})
+    with pytest.raises(UserError, match=r"holds train beside holdout: name the held-out split with data\.eval_split"):
+        load(dir=str(tmp_path), **fields)
+    assert len(load(dir=str(tmp_path), eval_split="holdout")[1].ids) == 2
+
+
+def test_images_beside_no_class_folders_are_not_two_classes(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "0.png")
+    with pytest.raises(UserError, match="an image folder is"):
+        load(dir=str(tmp_path))
+
+
+def test_folder_inside_a_tfds_data_dir_is_answered_with_the_one_to_give(tmp_path):
+    write_tfds(tmp_path)
+    with pytest.raises(UserError, match=r"lies inside a tfds data dir.*give DIR"):
+        load(dir=str(next(tmp_path.iterdir())), source="auto")
 
 
 def test_capital_letters_in_split_names_do_not_make_them_classes(tmp_path):
@@ -518,7 +556,7 @@ def test_slices_of_splits_are_splits(tmp_path):
         ({"eval_split": "tset"}, "data.eval_split=tset: the splits of shapes are train, test"),
         ({"name": "shpes"}, r"no such tfds data set \(did you mean 'shapes'\?\); in .* there are shapes$"),
         ({"name": "cifar11"}, r"did you mean 'cifar10"),
-        ({"name": "mnist", "download": False}, "mnist is not prepared in .*mnist, and data.download is off"),
+        ({"name": "mnist", "download": False}, "mnist is not prepared in .*mnist, and nothing is downloaded"),
         ({"name": "shapes:9.0.0", "download": False}, "shapes:9.0.0 is not prepared in"),
         ({"train_size": 25}, "data.train_size=25: there are 24"),
     ],

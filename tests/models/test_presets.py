@@ -53,6 +53,7 @@ def test_vgg19_without_its_classifier_has_the_published_count():
     [
         ("dinov2_small", "cls", 225, "multiple of the patch size 14: 224 or 238"),
         ("dinov2_small", "logits", 224, "reads cls or cls_patches, not logits"),
+        ("deit_tiny_distilled_patch16_224", "cls_patches", 224, "reads cls or logits, not cls_patches"),
         ("vgg19", "cls", 224, "reads flatten or logits, not cls"),
         ("vgg19", "logits", 192, "224 pixels only"),
         ("vgg19", "flatten", 16, "at least 32 pixels"),

@@ -32,7 +32,10 @@ def prepare(raw, key):
 
 def make(experiment, start=None):
     this = describe(experiment, None, CLASSES, 64, 64)
-    params, frozen = freeze.partition(initial_params(this.net, experiment.model, None, 0), this.labels)
+    params = initial_params(this.net, experiment.model, None, 0)
+    # The head starts from zero, so that nothing would reach what is below it.
+    params["head/output/kernel"] += 0.1 * jax.random.normal(jax.random.key(1), params["head/output/kernel"].shape)
+    params, frozen = freeze.partition(params, this.labels)
     optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), 10)
     stages = freeze.frozen_stages(this.labels, this.net.stages)
     train_step = step.train_step(this.net.structure, optimizer, prepare, stages, start)

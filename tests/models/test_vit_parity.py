@@ -9,6 +9,7 @@ sharper, its query gradients are small differences of large numbers: there trans
 """
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -190,3 +191,27 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_parameters():
     assert full.dtype == jnp.float32
     # bfloat16 carries 8 bits: 4e-3 a rounding, some dozen roundings along four blocks.
     assert np.abs(half.astype(np.float32) - full).max() < 0.05 * np.abs(full).max()
+
+
+def test_norm_and_softmax_are_computed_in_float32_under_bfloat16():
+    config = presets.PRESETS["vit_nano_patch2_8"]
+
+    def build(rngs):
+        return presets.backbone(config, with_classifier=True, dtype=jnp.dtype("bfloat16"), rngs=rngs)
+
+    config = dataclasses.replace(config, classes=10)
+    structure, targets, _ = stages.abstract(build)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    traced = jax.make_jaxpr(lambda params, images: stages.bind(structure, params)(images))(targets, images)
+
+    def equations(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from equations(inner)
+
+    dtypes = {"rsqrt": set(), "exp": set(), "dot_general": set()}
+    for equation in equations(traced.jaxpr):
+        if equation.primitive.name in dtypes:
+            dtypes[equation.primitive.name].add(str(equation.invars[0].aval.dtype))
+    assert dtypes == {"rsqrt": {"float32"}, "exp": {"float32"}, "dot_general": {"bfloat16"}}

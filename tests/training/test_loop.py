@@ -118,6 +118,17 @@ def test_nothing_is_compiled_once_the_first_step_has_been_sent(tmp_path, monkeyp
     assert counts == [0, 0, 0, 0]
 
 
+def test_evaluation_counts_every_example_once_whatever_the_batch_size(tmp_path):
+    results = [
+        loop.train(change(BASE, "train.max_steps=1", f"train.eval_batch_size={size}"), tmp_path / str(size))
+        for size in (7, 50, 64)
+    ]
+    # The same logits but for rounding, each counted once: the mean over 50 examples is the same.
+    assert results[0]["accuracy"] == results[1]["accuracy"] == results[2]["accuracy"]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+    assert results[0]["loss"] == pytest.approx(results[2]["loss"], rel=1e-5)
+
+
 def test_max_steps_ends_the_run_in_the_middle_of_an_epoch_with_an_evaluation(tmp_path):
     result = loop.train(change(BASE, "train.max_steps=5"), tmp_path / "run")
     assert result["steps"] == 5

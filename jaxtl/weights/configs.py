@@ -60,6 +60,17 @@ def _vit(fields: Any, path: Path) -> ViTConfig:
     mlp_width = int(fields.hidden_size * fields.mlp_ratio) if dinov2 else fields.intermediate_size
     if swiglu:  # two thirds, rounded up to a multiple of 8
         mlp_width = (int(mlp_width * 2 / 3) + 7) // 8 * 8
+    sizes = {name: getattr(fields, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")} | {
+        "mlp": mlp_width,
+        "patch_size": _side(fields.patch_size),
+        "image_size": _side(fields.image_size),
+    }
+    if wrong := [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]:
+        raise UserError(f"{path} is not a valid {fields.model_type} config: {', '.join(wrong)} must be whole numbers")
+    if fields.hidden_size % fields.num_attention_heads:
+        raise UserError(
+            f"{path}: hidden_size={fields.hidden_size} does not divide into {fields.num_attention_heads} heads"
+        )
     with_classifier = not dinov2 and any("ForImageClassification" in name for name in fields.architectures or ())
     return ViTConfig(
         family=fields.model_type,

@@ -94,6 +94,8 @@ def test_pooler_mask_token_and_unread_classifier_are_left_aside_by_name():
         ('{"model_type": "vit", "num_channels": 1}', "does not have num_channels=1"),
         ('{"model_type": "dinov2", "drop_path_rate": 0.1}', "does not have drop_path_rate=0.1"),
         ('{"model_type": "vit", "hidden_size": "wide"}', "not a valid vit config"),
+        ('{"model_type": "vit", "patch_size": 0}', "patch_size=0 must be whole numbers"),
+        ('{"model_type": "vit", "num_attention_heads": 7}', "does not divide into 7 heads"),
     ],
 )
 def test_config_that_cannot_be_used_is_one_clear_line(tmp_path, text, message):

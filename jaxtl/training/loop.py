@@ -33,10 +33,9 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     """
     started = time.perf_counter()
     settings = experiment.train
-    weights = locate(experiment.model.weights)
-    this, drawn = look(experiment, weights, track)
+    this, drawn = look(experiment, locate, track)
     optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), this.steps)
-    params = initial_params(this.net, experiment.model, weights, settings.seed)
+    params = initial_params(this.net, experiment.model, this.weights, settings.seed)
     params, frozen = freeze.partition(params, this.labels)
     # Decoding comes after all that can be wrong with the rest: it may take minutes.
     train_set, eval_set = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)

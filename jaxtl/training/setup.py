@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ class Setup:
     """A run, described.
 
     Attributes:
+        weights: where the weights lie; None where they are random, or not looked for yet.
         labels: the optimiser group, or `freeze.FROZEN`, of every parameter by path.
         steps_per_epoch, steps: lengths of an epoch and of the run.
         activations: shape and dtype of one example's activations at the freeze boundary; None without one.
@@ -28,6 +30,7 @@ class Setup:
     """
 
     experiment: Experiment
+    weights: Path | None
     net: Network
     labels: dict[str, str]
     steps_per_epoch: int
@@ -68,18 +71,24 @@ def describe(
     steps = min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf)
     examples, passes = train_examples + eval_examples, steps / steps_per_epoch
     decided = plan.make(experiment, boundary, activations, examples, passes)
-    return Setup(experiment, net, labels, steps_per_epoch, steps, activations, decided)
+    return Setup(experiment, weights, net, labels, steps_per_epoch, steps, activations, decided)
 
 
 def look(
-    experiment: Experiment, weights: Path | None, show_progress: Track = no_progress
+    experiment: Experiment, find_weights: Callable[[str], Path | None], show_progress: Track = no_progress
 ) -> tuple[Setup, list[Listing]]:
     """Describes the run of an experiment on its data, which is listed and drawn from but not decoded.
+
+    Args:
+        experiment: what is asked for.
+        find_weights: `model.weights` -> where they lie. Called when the data has been found, as it may fetch a lot.
+        show_progress: wraps the slow loops.
 
     Raises:
         UserError: see `describe` and `jaxtl.data.sources.listings`.
     """
     drawn = sources.listings(experiment.data, show_progress)
+    weights = find_weights(experiment.model.weights)
     return describe(experiment, weights, len(drawn[0].class_names), *(len(split.labels) for split in drawn)), drawn
 
 
@@ -96,11 +105,13 @@ def preview(experiment: Experiment, *, download: bool, to_come: bool = False) ->
     Raises:
         UserError: see `look`.
     """
-    model = experiment.model
-    here = Path(model.weights).expanduser().exists() or not is_repo_id(model.weights)
-    weights = locate(model.weights) if not to_come and (here or model.preset == "from_weights") else None
+
+    def find_weights(weights: str) -> Path | None:
+        here = Path(weights).expanduser().exists() or not is_repo_id(weights)
+        return locate(weights) if not to_come and (here or experiment.model.preset == "from_weights") else None
+
     data = dataclasses.replace(experiment.data, download=download and experiment.data.download)
-    return look(dataclasses.replace(experiment, data=data), weights)
+    return look(dataclasses.replace(experiment, data=data), find_weights)
 
 
 def count(params: stages.Params) -> int:

@@ -30,12 +30,15 @@ class Head:
             DeiT: the mean of its two heads). VGG19: `flatten` (the last feature map), or `logits`.
         hidden: width of the hidden layer of `mlp`.
         dropout: dropout rate before the last dense layer.
+        init: what the output layer starts from. `zero` suits pretrained features; `random` a backbone that is
+            trained from scratch, to which a zero layer hands no gradient.
     """
 
     kind: Literal["mlp", "fc"] = "mlp"
     reads: Literal["cls", "cls_patches", "logits", "flatten"] = "cls"
     hidden: int = 256
     dropout: float = 0.5
+    init: Literal["zero", "random"] = "zero"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,15 @@ READERS = {
     "flatten": lambda x: x.reshape(x.shape[0], -1),
 }
 
+_OUTPUT_INIT = {"zero": nnx.initializers.zeros_init(), "random": nnx.initializers.glorot_uniform()}
+
 
 class Head(nnx.Module):
     """`fc`: dropout, dense. `mlp`: dense, ReLU, dropout, dense.
 
     The output layer starts from zero, as in ViT's fine-tuning (Dosovitskiy et al. 2020, 3.2): a pretrained backbone's
-    features are large, and a random layer on them would begin by being confidently wrong. The hidden layer starts from
+    features are large, and a random layer on them would begin by being confidently wrong. With `init="random"` it
+    starts from Glorot's uniform distribution, for a backbone that is trained from scratch. The hidden layer starts from
     the uniform distribution between +-1 / sqrt(inputs) (LeCun et al. 1998), as torch's Linear does.
     """
 
@@ -32,6 +35,7 @@ class Head(nnx.Module):
         hidden: int,
         classes: int,
         dropout: float,
+        init: str,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -39,7 +43,7 @@ class Head(nnx.Module):
             uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
             self.hidden = layers.Dense(inputs, hidden, init=uniform, dtype=dtype, rngs=rngs)
             inputs = hidden
-        self.output = layers.Dense(inputs, classes, init=nnx.initializers.zeros_init(), dtype=dtype, rngs=rngs)
+        self.output = layers.Dense(inputs, classes, init=_OUTPUT_INIT[init], dtype=dtype, rngs=rngs)
         self.kind, self.reads, self.dropout = kind, reads, dropout
 
     def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:

@@ -79,12 +79,13 @@ def classifier(
     classes: int,
     image_size: int,
     precision: str,
+    init: str = "zero",
 ) -> Callable[[nnx.Rngs], Staged]:
     """Returns the function that builds backbone and head: images [batch, size, size, 3] -> logits [batch, classes].
 
     Args:
         config: the backbone.
-        kind, reads, hidden, dropout: the head, see `jaxtl.models.heads`.
+        kind, reads, hidden, dropout, init: the head, see `jaxtl.models.heads`.
         classes: number of classes to tell apart.
         image_size: side of the images, in pixels.
         precision: compute dtype, by name.
@@ -107,7 +108,17 @@ def classifier(
 
     def build(rngs: nnx.Rngs) -> Staged:
         body = backbone(config, with_classifier=with_classifier, dtype=dtype, rngs=rngs)
-        head = Head(kind, reads, inputs=inputs, hidden=hidden, classes=classes, dropout=dropout, dtype=dtype, rngs=rngs)
+        head = Head(
+            kind,
+            reads,
+            inputs=inputs,
+            hidden=hidden,
+            classes=classes,
+            dropout=dropout,
+            init=init,
+            dtype=dtype,
+            rngs=rngs,
+        )
         return Staged([*((name, getattr(body, name)) for name in body.stages), ("head", head)])
 
     return build

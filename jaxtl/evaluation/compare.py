@@ -12,8 +12,8 @@ _COLUMNS = (
     ("accuracy", "accuracy", "{:.4f}"),
     ("loss", "loss", "{:.4f}"),
     ("train loss", "train_loss", "{:.4f}"),
-    ("trained parameters", "trainable_parameters", "{:,}"),
-    ("of", "total_parameters", "{:,}"),
+    ("trained parameters", "trainable_parameters", "{:,.0f}"),
+    ("of", "total_parameters", "{:,.0f}"),
     ("seconds an epoch", "seconds_per_epoch", "{:.2f}"),
     ("seconds in all", "seconds_total", "{:.1f}"),
 )

@@ -8,7 +8,7 @@ Command: python -m jaxtl.main --experiment=deit_cifar10
 Expected: accuracy 0.967, loss 0.118 on 1,000 held-out images (reported by the study).
 """
 
-from jaxtl.config import Data, Experiment, Head, Model, Optim, Train
+from jaxtl.config import Experiment, Head, Images, Model, Optim, Train
 from jaxtl.training.freeze import freeze
 
 
@@ -21,7 +21,7 @@ def experiment() -> Experiment:
             image_size=224,
             head=Head(kind="mlp", reads="logits", hidden=256, dropout=0.5),
         ),
-        data=Data(name="cifar10", train_size=5_000, eval_size=1_000, scale="unit"),
+        data=Images(name="cifar10", train_size=5_000, eval_size=1_000, scale="unit"),
         freeze=freeze("block_1", "block_11"),
         optim=Optim(name="adam", learning_rate=1e-4),
         train=Train(epochs=4, batch_size=64),

@@ -7,7 +7,7 @@ Command: python -m jaxtl.main --experiment=deit_cifar10_lastblock
 Expected: accuracy 0.9645 (reported by the paper, on all 50,000 images; 5,000 are used here).
 """
 
-from jaxtl.config import Data, Experiment, Head, Model, Optim, Train
+from jaxtl.config import Experiment, Head, Images, Model, Optim, Train
 from jaxtl.training.freeze import train_from
 
 
@@ -20,7 +20,7 @@ def experiment() -> Experiment:
             image_size=224,
             head=Head(kind="mlp", reads="logits", hidden=256, dropout=0.5),
         ),
-        data=Data(name="cifar10", train_size=5_000, eval_size=1_000, scale="unit"),
+        data=Images(name="cifar10", train_size=5_000, eval_size=1_000, scale="unit"),
         freeze=train_from("block_12"),
         optim=Optim(name="adam", learning_rate=1e-4),
         train=Train(epochs=4, batch_size=64),

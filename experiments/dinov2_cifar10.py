@@ -6,7 +6,7 @@ Expected: below the 0.977 that a linear probe of ViT-S/14 reaches on all 50,000 
 are used.
 """
 
-from jaxtl.config import Data, Experiment, Head, Model, Optim, Train
+from jaxtl.config import Experiment, Head, Images, Model, Optim, Train
 from jaxtl.training.freeze import train_from
 
 
@@ -19,7 +19,7 @@ def experiment() -> Experiment:
             image_size=224,
             head=Head(kind="mlp", reads="cls", hidden=256, dropout=0.5),
         ),
-        data=Data(name="cifar10", train_size=5_000, eval_size=1_000, scale="imagenet"),
+        data=Images(name="cifar10", train_size=5_000, eval_size=1_000, scale="imagenet"),
         freeze=train_from("block_12"),
         optim=Optim(name="adam", learning_rate=1e-4),
         train=Train(epochs=4, batch_size=64),

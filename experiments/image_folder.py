@@ -9,7 +9,7 @@ Command: python -m jaxtl.main --experiment=image_folder --set data.dir=DIR
 Expected: depends on the images; the figure to beat is `--set 'freeze=train_head_only()'`.
 """
 
-from jaxtl.config import Data, Experiment, Head, Model, Optim, Train
+from jaxtl.config import Experiment, Head, Images, Model, Optim, Train
 from jaxtl.training.freeze import train_from
 
 
@@ -22,7 +22,7 @@ def experiment() -> Experiment:
             image_size=224,
             head=Head(kind="mlp", reads="cls", hidden=256, dropout=0.5),
         ),
-        data=Data(source="folder", dir="images", resize="crop", scale="imagenet"),
+        data=Images(source="folder", dir="images", resize="crop", scale="imagenet"),
         freeze=train_from("block_12"),
         optim=Optim(name="adam", learning_rate=1e-4),
         train=Train(epochs=10, batch_size=64),

@@ -11,11 +11,11 @@ everything (our own measurement; single runs lie within 0.1 of it).
 
 import dataclasses
 
-from jaxtl.config import Data, Experiment, Head, Model, Optim, Suite, Train
+from jaxtl.config import Experiment, Head, Images, Model, Optim, Suite, Train
 from jaxtl.training.freeze import train_all, train_from, train_head_only
 
 MODEL = Model(preset="vit_nano_patch2_8", image_size=8, head=Head(kind="fc", reads="cls", dropout=0.0, init="random"))
-DATA = Data(source="digits", eval_fraction=0.3, scale="half")
+DATA = Images(source="digits", eval_fraction=0.3, scale="half")
 OPTIM = Optim(name="adamw", learning_rate=1e-3, schedule="cosine", warmup=0.1, weight_decay=0.05)
 
 

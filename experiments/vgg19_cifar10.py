@@ -7,7 +7,7 @@ Command: python -m jaxtl.main --experiment=vgg19_cifar10
 Expected: accuracy 0.852, loss 0.62 on 1,000 held-out images (reported by the study).
 """
 
-from jaxtl.config import Data, Experiment, Head, Model, Optim, Train
+from jaxtl.config import Experiment, Head, Images, Model, Optim, Train
 from jaxtl.training.freeze import train_from
 
 
@@ -20,7 +20,7 @@ def experiment() -> Experiment:
             image_size=224,
             head=Head(kind="mlp", reads="flatten", hidden=256, dropout=0.5),
         ),
-        data=Data(name="cifar10", train_size=5_000, eval_size=1_000, scale="unit"),
+        data=Images(name="cifar10", train_size=5_000, eval_size=1_000, scale="unit"),
         freeze=train_from("block5_conv1"),
         optim=Optim(name="adam", learning_rate=1e-4),
         train=Train(epochs=10, batch_size=64),

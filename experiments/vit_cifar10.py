@@ -9,7 +9,7 @@ Expected: no published figure for this recipe; the nearest is 0.991 for a DeiT-b
 images (Touvron et al. 2020).
 """
 
-from jaxtl.config import Data, Experiment, Head, Model, Optim, Train
+from jaxtl.config import Experiment, Head, Images, Model, Optim, Train
 from jaxtl.training.freeze import train_from
 
 
@@ -22,7 +22,7 @@ def experiment() -> Experiment:
             image_size=224,
             head=Head(kind="mlp", reads="cls", hidden=256, dropout=0.5),
         ),
-        data=Data(name="cifar10", train_size=5_000, eval_size=1_000, scale="half"),
+        data=Images(name="cifar10", train_size=5_000, eval_size=1_000, scale="half"),
         freeze=train_from("block_12"),
         optim=Optim(name="adam", learning_rate=1e-4),
         train=Train(epochs=4, batch_size=64),

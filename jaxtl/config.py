@@ -24,18 +24,22 @@ class Head:
     """What is put on the backbone.
 
     Attributes:
-        kind: `mlp` (dense, ReLU, dropout, dense: the study's image head) or `fc` (one dense layer).
-        reads: what the head takes from the backbone. Transformers: `cls` (the normalised class token),
+        kind: `mlp` (dense, ReLU, dropout, dense: the study's image head), `fc` (one dense layer), `bigru` (a
+            bidirectional GRU over all tokens, then a dense layer) or `mlm` (none: BERT's own masked language
+            modelling). Two classes share one output node (sigmoid), more have one each (softmax).
+        reads: what the head takes from the backbone. Transformers: `cls` (the class token after the last layer),
             `cls_patches` (class token and mean of the patches), `logits` (the pretrained classifier's output,
-            DeiT: the mean of its two heads). VGG19: `flatten` (the last feature map), or `logits`.
-        hidden: width of the hidden layer of `mlp`.
+            DeiT: the mean of its two heads). VGG19: `flatten` (the last feature map), or `logits`. BERT: `cls`,
+            `pooled` (its pooler's output), `sequence` (every token, for `bigru`), `masked` (the hidden tokens, for
+            `mlm`).
+        hidden: width of the hidden layer of `mlp`, and of each direction of `bigru`.
         dropout: dropout rate before the last dense layer.
         init: what the output layer starts from. `zero` suits pretrained features; `random` a backbone that is
             trained from scratch, to which a zero layer hands no gradient.
     """
 
-    kind: Literal["mlp", "fc"] = "mlp"
-    reads: Literal["cls", "cls_patches", "logits", "flatten"] = "cls"
+    kind: Literal["mlp", "fc", "bigru", "mlm"] = "mlp"
+    reads: Literal["cls", "cls_patches", "logits", "flatten", "pooled", "sequence", "masked"] = "cls"
     hidden: int = 256
     dropout: float = 0.5
     init: Literal["zero", "random"] = "zero"
@@ -50,7 +54,7 @@ class Model:
             are those of the `config.json` beside the weights.
         weights: a Hugging Face repo id, a local folder in that layout, a single checkpoint file, a finished run
             folder of jaxtl, `random`, or (in a suite) `suite:NAME` for the run of an earlier member.
-        image_size: side of the square image the model sees, in pixels.
+        image_size: side of the square image the model sees, in pixels; without meaning for text.
         head: what reads the backbone.
     """
 
@@ -61,8 +65,8 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """Where the examples come from and how they are prepared.
+class Images:
+    """Images: where they come from and how they are prepared.
 
     Attributes:
         source: `tfds`, `folder` (one folder a class), `digits` (the 8x8 images that scikit-learn ships), or
@@ -103,6 +107,56 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """Texts: where they come from and how they are prepared.
+
+    Files are CSV, JSON lines (`.jsonl`, `.json`), Parquet, or `.txt` with a text on each line, without labels.
+
+    Attributes:
+        name: a published data set of `jaxtl.data.published`, for its files' names and addresses; empty for files of
+            your own.
+        dir: the folder that the paths below are in. Empty: the current one; with `name`, a cache folder that the
+            files are fetched into once.
+        train: paths of the training texts, one or more. Empty, with `name`: all its splits, by their names.
+        validation: path of the texts that the model is selected on. Empty: split off from the training texts by
+            `eval_fraction`, stratified.
+        test: path of the texts looked at once, at the end. Empty: there are none.
+        text_column: name of the column that holds the text.
+        label_column: name of the column that holds the class, a string or a number. Empty: texts without labels.
+        download: whether the files of a published set may be fetched.
+        tokenizer: folder or repository of the tokenizer. Empty: the one beside the weights.
+        max_length: word pieces that are kept of a text, the special ones included.
+        buckets: number of lengths, chosen to fit the texts, that batches are filled up to; each is compiled once.
+        mask_rate: share of the word pieces that masked language modelling hides.
+        train_size, eval_size: draw this many examples, stratified by class; None takes all.
+        eval_fraction: the part split off for validation where there is no file for it.
+        subset_seed: fixes which examples are drawn, apart from `train.seed`.
+        classes: keep these classes only, numbered in this order; empty keeps all, in alphabetical order.
+    """
+
+    name: str = ""
+    dir: str = ""
+    train: tuple[str, ...] = ()
+    validation: str = ""
+    test: str = ""
+    text_column: str = "text"
+    label_column: str = "label"
+    download: bool = True
+    tokenizer: str = ""
+    max_length: int = 128
+    buckets: int = 4
+    mask_rate: float = 0.15
+    train_size: int | None = None
+    eval_size: int | None = None
+    eval_fraction: float = 0.2
+    subset_seed: int = 0
+    classes: tuple[str, ...] = ()
+
+
+Data = Images | Text
+
+
+@dataclasses.dataclass(frozen=True)
 class Optim:
     """The optimiser.
 
@@ -136,6 +190,8 @@ class Train:
         seed: fixes data order, initialisation, dropout and augmentation.
         precision: compute dtype of the matrix products; parameters, normalisation and softmax stay float32.
         eval_every: epochs between evaluations; the last one is always evaluated.
+        select: which of the evaluated parameters are kept: the `last`, or the `best` on the held-out examples (by
+            accuracy, then loss). With `best`, the held-out figures are those of a choice: test on other examples.
         log_every: steps between training lines in metrics.jsonl.
     """
 
@@ -146,6 +202,7 @@ class Train:
     seed: int = 0
     precision: Precision = "float32"
     eval_every: int = 1
+    select: Literal["last", "best"] = "last"
     log_every: int = 10
 
 
@@ -168,7 +225,8 @@ class Experiment:
 
     Attributes:
         freeze: ordered rules (pattern, group), see `jaxtl.training.freeze`; group None is frozen.
-        reported: figures of the original study, to compare with; empty where there are none.
+        reported: figures of the original study, to compare with, named as in result.json (`accuracy`, `f1/real`,
+            `confusion/fake/real`: true class, predicted class); empty where there are none.
     """
 
     model: Model
@@ -236,7 +294,7 @@ def _parse(text: str, hint: Any) -> Any:
         if text not in args:
             raise ValueError(f"expected one of {', '.join(args)}{suggest(text, args)}")
         return text
-    if origin is types.UnionType:  # every union here is `X | None`
+    if origin is types.UnionType:  # of a single field, every union is `X | None`
         return None if text.lower() in ("none", "null", "all") else _parse(text, args[0])
     if hint is bool:
         choices = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -276,6 +334,9 @@ _CHECKS = {
     "data.eval_size": _POSITIVE,
     "data.eval_fraction": ("above 0 and below 1", lambda value: 0 < value < 1),
     "data.subset_seed": _SEED,
+    "data.max_length": ("at least 3", lambda value: value >= 3),  # a piece between the two special ones
+    "data.buckets": ("from 1 to 16", lambda value: 1 <= value <= 16),
+    "data.mask_rate": ("above 0 and below 1", lambda value: 0 < value < 1),
     "optim.learning_rate": _POSITIVE,
     "optim.warmup": _FRACTION,
     "optim.weight_decay": _NOT_NEGATIVE,
@@ -315,7 +376,7 @@ def validate(experiment: Experiment) -> None:
     for path, (rule, holds) in _CHECKS.items():
         value: Any = experiment
         for name in path.split("."):
-            value = getattr(value, name)
+            value = getattr(value, name, None)  # images and text have fields of their own
         if value is not None and not holds(value):  # NaN fails every comparison
             wrong.append(f"{path}={value} must be {rule}")
     if wrong:
@@ -349,10 +410,11 @@ def differences(a: Experiment, b: Experiment) -> list[str]:
 
 def _differences(a: dict, b: dict, prefix: str) -> list[str]:
     paths = []
-    for name, value in a.items():
-        if isinstance(value, dict):
-            paths += _differences(value, b[name], f"{prefix}{name}.")
-        elif value != b[name]:
+    for name in {**a, **b}:  # image and text experiments have different fields
+        value, other = a.get(name), b.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            paths += _differences(value, other, f"{prefix}{name}.")
+        elif value != other or (name in a) != (name in b):
             paths.append(prefix + name)
     return paths
 
@@ -374,6 +436,9 @@ def _decode(value: Any, hint: Any) -> Any:
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"{hint.__name__} has no field {', '.join(unknown)}")
         return hint(**{name: _decode_field(name, item, hints[name]) for name, item in value.items()})
+    if hint == Data:
+        kinds = [kind for kind in args if isinstance(value, dict) and set(value) <= set(typing.get_type_hints(kind))]
+        return _decode(value, kinds[0] if kinds else Images)
     if origin is types.UnionType:
         return None if value is None else _decode(value, args[0])
     if origin is tuple:

@@ -4,6 +4,8 @@
     python -m jaxtl.main --experiment=quickstart
     python -m jaxtl.main --experiment=deit_cifar10 --explain
     python -m jaxtl.main --experiment=deit_cifar10 --set train.epochs=8 --set data.dir=DIR --workdir=runs/longer
+    python -m jaxtl.main --experiment=text_csv --set data.train=tweets.csv
+    python -m jaxtl.main --experiment=text_csv --mode=eval --set data.test=more_tweets.csv
 
 An experiment is a small Python file that returns a dataclass; --set replaces single fields of it. The run folder
 holds experiment.json (the resolved experiment), metrics.jsonl, checkpoints/ and result.json. Giving the same command
@@ -30,6 +32,9 @@ _SET = flags.DEFINE_multi_string(
 )
 _LIST = flags.DEFINE_bool("list", False, "Show all experiments: name, what it is, expected result.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Show what would be trained, on what, and how; then exit.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval"], "eval: evaluate a finished run on other examples, --set data.test=FILE."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Move an existing run folder aside and start anew.")
 
 
@@ -40,7 +45,7 @@ def run(argv: list[str]) -> None:
     # Slow imports come after the flags have been read: --help answers at once.
     from jaxtl import experiments
     from jaxtl.evaluation import compare
-    from jaxtl.training import explain, suite
+    from jaxtl.training import explain, revisit, suite
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # libraries report each of their stages
@@ -49,17 +54,28 @@ def run(argv: list[str]) -> None:
         return
     if not _EXPERIMENT.value:
         raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
+    workdir = _workdir()
+    if _MODE.value == "eval":
+        found, split, path = revisit.evaluate(workdir, _SET.value)
+        compare.show_metrics(found, split)
+        print(path)
+        return
     chosen = suite.override(experiments.load(_EXPERIMENT.value), _SET.value)
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / _default_name(Path(_EXPERIMENT.value))
     if _EXPLAIN.value:
         explain.explain(chosen, workdir)
     else:
         suite.run(chosen, workdir, overwrite=_OVERWRITE.value)
 
 
-def _default_name(experiment: Path) -> str:
-    # A run's experiment.json is named by its folder.
-    return f"{experiment.resolve().parent.name}-again" if experiment.suffix == ".json" else experiment.stem
+def _workdir() -> Path:
+    if _WORKDIR.value:
+        return Path(_WORKDIR.value)
+    experiment = Path(_EXPERIMENT.value)
+    if experiment.suffix != ".json":
+        return Path("runs") / experiment.stem
+    # A run's experiment.json is named by its folder: what is evaluated there stays there, what runs anew does not.
+    folder = experiment.resolve().parent
+    return folder if _MODE.value == "eval" else Path("runs") / f"{folder.name}-again"
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from jaxtl import config, experiments
 from jaxtl.errors import UserError
 from jaxtl.training import freeze
 
-BASE = config.Experiment(config.Model("vgg19"), config.Data())
+BASE = config.Experiment(config.Model("vgg19"), config.Images())
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from jaxtl.training import suite
 from jaxtl.weights import convert, tables
 
 NANO = """
-from jaxtl.config import Data, Experiment, Head, Model, Train
+from jaxtl.config import Images, Experiment, Head, Model, Train
 
 
 def experiment():
     return Experiment(
         Model("vit_nano_patch2_8", image_size=8, head=Head("fc", "cls")),
-        Data(source="digits", train_size=40, eval_size=20),
+        Images(source="digits", train_size=40, eval_size=20),
         train=Train(batch_size=20, eval_batch_size=20),
     )
 """

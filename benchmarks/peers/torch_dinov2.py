@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import Dinov2Model
 
 from jaxtl.config import Experiment
-from jaxtl.data.listing import ImageSet
+from jaxtl.data.listing import Examples
 from jaxtl.training.freeze import train_from
 
 _MEAN, _DEVIATION = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -49,7 +49,7 @@ class Classifier(torch.nn.Module):
         return self.head(self.backbone.layernorm(hidden)[:, 0])
 
 
-def train(experiment: Experiment, train_set: ImageSet, eval_set: ImageSet, precision: str) -> dict[str, Any]:
+def train(experiment: Experiment, train_set: Examples, eval_set: Examples, precision: str) -> dict[str, Any]:
     """Trains and evaluates; returns accuracy, loss and times like a jaxtl run's result.
 
     Raises:
@@ -83,7 +83,7 @@ def train(experiment: Experiment, train_set: ImageSet, eval_set: ImageSet, preci
         for start in range(0, len(rows), settings.batch_size):
             batch = rows[start : start + settings.batch_size]
             with autocast:
-                logits = model(_pixels(train_set.images[batch], experiment.model.image_size))
+                logits = model(_pixels(train_set.inputs[batch], experiment.model.image_size))
                 loss = F.cross_entropy(logits.float(), torch.from_numpy(train_set.labels[batch]).long())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -102,13 +102,13 @@ def train(experiment: Experiment, train_set: ImageSet, eval_set: ImageSet, preci
     }
 
 
-def _evaluate(model: Classifier, eval_set: ImageSet, experiment: Experiment, autocast: Any) -> tuple[float, float]:
+def _evaluate(model: Classifier, eval_set: Examples, experiment: Experiment, autocast: Any) -> tuple[float, float]:
     model.eval()
     size, batch_size = experiment.model.image_size, experiment.train.eval_batch_size
     with torch.inference_mode(), autocast:
         logits = torch.cat(
             [
-                model(_pixels(eval_set.images[start : start + batch_size], size)).float()
+                model(_pixels(eval_set.inputs[start : start + batch_size], size)).float()
                 for start in range(0, len(eval_set.labels), batch_size)
             ]
         )

@@ -26,7 +26,7 @@ def holds_images(root: Path) -> bool:
     return root.is_dir() and any(next(_images(folder, root), None) for folder in _folders(root))
 
 
-def image_folder(data: config.Data, show_progress: Track) -> list[Listing]:
+def image_folder(data: config.Images, show_progress: Track) -> list[Listing]:
     """Lists the splits of an image folder, without opening an image: one listing where it is not divided."""
     del show_progress  # listing files takes no time
     root = Path(data.dir).expanduser().resolve()

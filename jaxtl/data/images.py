@@ -31,7 +31,7 @@ def preprocess(images: jax.Array, image_size: int, scale: str, dtype: DTypeLike 
     Args:
         images: `[batch, height, width, 3]` uint8. Not square: stretched.
         image_size: side of the square result.
-        scale: `unit`, `half` or `imagenet`, see `config.Data.scale`.
+        scale: `unit`, `half` or `imagenet`, see `config.Images.scale`.
         dtype: of the result.
 
     Returns:

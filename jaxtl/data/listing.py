@@ -1,4 +1,4 @@
-"""Image examples: listed, and decoded."""
+"""Examples: listed or read, and made into arrays."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -12,25 +12,54 @@ Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSet:
-    """One split, decoded.
+class Ragged:
+    """Sequences of different lengths, end to end, without padding.
 
     Attributes:
-        images: `[n, height, width, 3]` uint8, in memory or memory-mapped.
-        labels: `[n]` int32, positions in `class_names`.
-        class_names: names of the classes; the same for both splits.
-        ids: a name for each example: the file's path relative to the folder, or `split:index`.
+        values: `[sum of lengths, ..]`: token ids int32, or their activations; in memory or memory-mapped.
+        offsets: `[n + 1]` int64; example i is `values[offsets[i] : offsets[i + 1]]`.
     """
 
-    images: np.ndarray
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[n]` int64."""
+        return np.diff(self.offsets)
+
+    def padded(self, rows: np.ndarray, length: int) -> np.ndarray:
+        """Returns `[len(rows), length, ..]`: these examples, each filled up with zeros. All must fit."""
+        batch = np.zeros((len(rows), length, *self.values.shape[1:]), self.values.dtype)
+        for target, row in zip(batch, rows, strict=True):
+            start, stop = self.offsets[row], self.offsets[row + 1]
+            target[: stop - start] = self.values[start:stop]
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """One split, as arrays.
+
+    Attributes:
+        inputs: images `[n, height, width, 3]` uint8, tokens, or the activations of either; in memory or
+            memory-mapped.
+        labels: `[n]` int32, positions in `class_names`; all 0 where there are no classes.
+        class_names: names of the classes; the same for all splits.
+        ids: a name for each example: the file's path relative to the folder, `split:index`, or `file:record`.
+        texts: the texts themselves; empty for images.
+    """
+
+    inputs: np.ndarray | Ragged
     labels: np.ndarray
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
+    texts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Examples not decoded yet: `read` fetches a run of `items` and returns a function for each, which opens it."""
+    """Images not decoded yet: `read` fetches a run of `items` and returns a function for each, which opens it."""
 
     labels: np.ndarray
     class_names: tuple[str, ...]
@@ -45,6 +74,25 @@ class Listing:
             labels=self.labels[rows],
             ids=tuple(self.ids[row] for row in rows),
             items=[self.items[row] for row in rows],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts not tokenised yet; labels, names and ids as in `Examples`."""
+
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    ids: Sequence[str]
+    texts: Sequence[str]
+
+    def take(self, rows: np.ndarray) -> "Texts":
+        """Returns the examples of these rows."""
+        return dataclasses.replace(
+            self,
+            labels=self.labels[rows],
+            ids=tuple(self.ids[row] for row in rows),
+            texts=tuple(self.texts[row] for row in rows),
         )
 
 

@@ -1,14 +1,19 @@
-"""Batches of one static shape from an image set, in an order that is a function of the seed alone.
+"""Batches of a few static shapes, in an order that is a function of the seed alone.
 
-grain shuffles, batches and repeats row numbers; pixels are gathered last, for one batch at a time. The state of the
-iterator is the number of batches taken.
+Row numbers are grouped into batches, images all in one group and texts by length; what the rows hold is gathered last,
+for one batch at a time. grain reads ahead; the state of its iterator is the number of batches taken.
 """
+
+import functools
+from collections.abc import Sequence as Collection
 
 import grain
 import numpy as np
 
-from jaxtl.data.sources import ImageSet
+from jaxtl.data import buckets
+from jaxtl.data.listing import Examples, Ragged
 from jaxtl.errors import UserError
+from jaxtl.models.stages import Sequence
 
 # The gather is a copy out of memory or a memory-mapped file. One thread keeps the order of reads in a mapped file
 # sequential, and two batches in advance hide it.
@@ -16,26 +21,28 @@ _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Returns the number of batches in an epoch of `n` examples, the padded last one among them."""
+    """Returns the number of batches in an epoch of `n` examples, the padded one among them."""
     return -(-n // batch_size)
 
 
 def batches(
-    dataset: ImageSet,
+    dataset: Examples,
     batch_size: int,
     *,
     seed: int | None,
     epochs: int = 1,
+    lengths: Collection[int] = (),
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """Returns an iterator over batches: every example exactly once an epoch, whatever the batch size.
 
     Each batch is a dict of
-        `image`: `[rows, height, width, 3]` uint8,
+        `input`: images `[rows, height, width, 3]` uint8, other arrays `[rows, ..]`, or a `Sequence` filled up to one of
+            `lengths`,
         `label`: `[rows]` int32,
-        `weight`: `[rows]` float32, 1, and 0 for the rows that fill up the last batch of an epoch,
+        `weight`: `[rows]` float32, 1, and 0 for the rows that fill up the one batch of an epoch that is short,
         `index`: `[rows]` int32, the row of `dataset`, and -1 where the weight is 0.
-    A row of weight 0 holds the image and the label of example 0, so that nothing computed from it is out of range.
+    A row of weight 0 repeats the first one of its batch, so that nothing computed from it is out of range.
 
     The rows of a batch are drawn before they are divided among the shards: shard `i` of `count` gets the i-th of
     `count` equal runs of rows. So every shard takes the same number of steps, and the examples of a step do not
@@ -44,8 +51,9 @@ def batches(
     Args:
         dataset: what to read. Its arrays may be memory-mapped.
         batch_size: rows of a batch over all shards.
-        seed: fixes the order, another one each epoch. None: the order of the data set.
+        seed: fixes the order, another one each epoch. None: the order of the data set, texts by length.
         epochs: passes over the data set.
+        lengths: of the batches, where the inputs are sequences; ascending.
         shard: (index, count) of this process.
 
     Returns:
@@ -61,26 +69,50 @@ def batches(
             f"a batch of {batch_size} cannot be divided among {count} processes; set train.batch_size and "
             f"train.eval_batch_size to multiples of {count}"
         )
-    rows = batch_size // count
+    part = slice(index * batch_size // count, (index + 1) * batch_size // count)
 
-    def pad(examples: list[int]) -> np.ndarray:
-        return np.array(examples + [-1] * (batch_size - len(examples)), np.int32)
-
-    def gather(examples: np.ndarray) -> dict[str, np.ndarray]:
-        mine = examples[index * rows : (index + 1) * rows]
-        readable = np.maximum(mine, 0)
+    def gather(batch: tuple[np.ndarray, int]) -> dict[str, np.ndarray | Sequence]:
+        examples, length = batch
+        padded = np.concatenate([examples, np.full(batch_size - len(examples), -1, np.int32)])[part]
+        rows = np.where(padded >= 0, padded, examples[0])
         return {
-            "image": np.asarray(dataset.images[readable]),
-            "label": dataset.labels[readable],
-            "weight": (mine >= 0).astype(np.float32),
-            "index": mine,
+            "input": _inputs(dataset, rows, length),
+            "label": dataset.labels[rows],
+            "weight": (padded >= 0).astype(np.float32),
+            "index": padded,
         }
 
-    examples = grain.MapDataset.range(len(dataset.labels))
-    if seed is not None:
-        # Not `shuffle(seed)`: grain adds the epoch to the seed it is given, so that epoch 2 of seed 0 would be epoch 1
-        # of seed 1. Seeding the data set hashes the seed first.
-        examples = examples.seed(seed).shuffle()
-    # Before `repeat`: a batch ends where its epoch ends.
-    examples = examples.batch(batch_size, batch_fn=pad).repeat(epochs)
-    return iter(examples.map(gather).to_iter_dataset(_READ))
+    source = _Batches(dataset, batch_size, seed, epochs, lengths)
+    return iter(grain.MapDataset.source(source).map(gather).to_iter_dataset(_READ))
+
+
+def _inputs(dataset: Examples, rows: np.ndarray, length: int) -> np.ndarray | Sequence:
+    if isinstance(dataset.inputs, Ragged):
+        found = dataset.inputs.lengths[rows].astype(np.int32)
+        return Sequence(dataset.inputs.padded(rows, length), found)
+    return np.asarray(dataset.inputs[rows])
+
+
+class _Batches:
+    """(rows, length) of every batch of all epochs, by number."""
+
+    def __init__(self, dataset: Examples, batch_size: int, seed: int | None, epochs: int, lengths: Collection[int]):
+        count = len(dataset.labels)
+        ragged = isinstance(dataset.inputs, Ragged)
+        own, shapes = (dataset.inputs.lengths, lengths) if ragged else (np.zeros(count, np.int64), (0,))
+        self._steps = steps_per_epoch(count, batch_size)
+        self._epochs = epochs
+
+        @functools.lru_cache(1)  # batches are asked for in order
+        def epoch(number: int) -> list[tuple[np.ndarray, int]]:
+            random = None if seed is None else np.random.default_rng([seed, number])
+            return buckets.group(own, shapes, batch_size, random)
+
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._steps * self._epochs
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        epoch, step = divmod(int(number), self._steps)
+        return self._epoch(epoch)[step]

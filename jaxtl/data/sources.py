@@ -1,13 +1,14 @@
-"""Image data sets, drawn and decoded: tfds, image folders, the digits of scikit-learn.
+"""Data sets, drawn and made into arrays: tfds, image folders, the digits of scikit-learn, text files.
 
-A source lists its examples without decoding them. `listings` draws the stratified subset from the list; `load` decodes
-what was drawn.
+A source lists its examples without decoding or tokenising them. `listings` draws the stratified subset from the list;
+`read` decodes what was drawn, `tokenised` cuts it into word pieces.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import sklearn.datasets
@@ -15,13 +16,16 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from jaxtl import config
-from jaxtl.data import folder, tfds
+from jaxtl.data import folder, published, text, tfds, tokens
 from jaxtl.data.decode import decode
-from jaxtl.data.listing import ImageSet, Listing, Track, no_progress
+from jaxtl.data.listing import Examples, Listing, Texts, Track, no_progress
 from jaxtl.errors import UserError, suggest
 
 
-def load(data: config.Data, image_size: int, show_progress: Track = no_progress) -> tuple[ImageSet, ImageSet]:
+Split = TypeVar("Split", Listing, Texts)
+
+
+def load(data: config.Images, image_size: int, show_progress: Track = no_progress) -> list[Examples]:
     """Returns the training and the evaluation images.
 
     If all images, of both splits, have one size no larger than `image_size` they keep it, and the compiled step
@@ -39,39 +43,61 @@ def load(data: config.Data, image_size: int, show_progress: Track = no_progress)
     return read(listings(data, show_progress), data.resize, image_size, show_progress)
 
 
-def read(
-    drawn: Sequence[Listing], resize: str, image_size: int, show_progress: Track = no_progress
-) -> tuple[ImageSet, ImageSet]:
-    """Returns the training and the evaluation images that `listings` drew; see `load`."""
+def read(drawn: Sequence[Listing], resize: str, image_size: int, show_progress: Track = no_progress) -> list[Examples]:
+    """Returns the images that `listings` drew; see `load`."""
     pixels = decode(drawn, image_size, resize, show_progress)
-    train, evaluation = (
-        ImageSet(images, listing.labels, listing.class_names, tuple(listing.ids))
+    return [
+        Examples(images, listing.labels, listing.class_names, tuple(listing.ids))
         for images, listing in zip(pixels, drawn, strict=True)
-    )
-    return train, evaluation
+    ]
 
 
-def listings(data: config.Data, show_progress: Track = no_progress) -> list[Listing]:
-    """Returns the training and the evaluation examples, drawn but not decoded.
+def tokenised(
+    drawn: Sequence[Texts], tokenizer: Any, max_length: int, show_progress: Track = no_progress
+) -> list[Examples]:
+    """Returns the texts that `listings` drew, as word pieces; what was tokenised before is read from the cache."""
+    folder = published.cache_folder() / "tokens"
+    return [
+        Examples(
+            tokens.tokenise(split.texts, tokenizer, max_length, show_progress, folder),
+            split.labels,
+            split.class_names,
+            tuple(split.ids),
+            tuple(split.texts),
+        )
+        for split in drawn
+    ]
+
+
+def listings(data: config.Data, show_progress: Track = no_progress) -> list[Listing] | list[Texts]:
+    """Returns the training and the held-out examples, and those for the test where there are such: drawn only.
 
     Raises:
         UserError: whatever is wrong with the data or its description.
     """
-    try:
-        source = _detect(data) if data.source == "auto" else data.source
-        found = _SOURCES[source](data, show_progress)
-    except OSError as error:
-        raise UserError(f"{error.filename or data.dir} cannot be read: {error.strerror or error}") from None
-    found = [_keep_classes(listing, data.classes) for listing in found]
+    if isinstance(data, config.Text):
+        splits = text.splits(data)
+        found, held_back = [splits[name] for name in ("train", "validation") if name in splits], splits.get("test")
+    else:
+        found, held_back = [_keep_classes(listing, data.classes) for listing in _images(data, show_progress)], None
     if len(found) == 1:
         (listing,) = found
         size = max(round(data.eval_fraction * len(listing.labels)), len(listing.class_names))
         held_out, rest = _draw(listing, size, data.subset_seed, f"data.eval_fraction={data.eval_fraction}")
         found = [listing.take(rest), listing.take(held_out)]
-    return [
+    drawn = [
         _subset(listing, getattr(data, field), data.subset_seed, field)
         for listing, field in zip(found, ("train_size", "eval_size"), strict=True)
     ]
+    return drawn if held_back is None else [*drawn, held_back]
+
+
+def _images(data: config.Images, show_progress: Track) -> list[Listing]:
+    try:
+        source = _detect(data) if data.source == "auto" else data.source
+        return _SOURCES[source](data, show_progress)
+    except OSError as error:
+        raise UserError(f"{error.filename or data.dir} cannot be read: {error.strerror or error}") from None
 
 
 def _keep_classes(listing: Listing, names: Sequence[str]) -> Listing:
@@ -93,7 +119,7 @@ def _keep_classes(listing: Listing, names: Sequence[str]) -> Listing:
     return kept.take(np.flatnonzero(labels >= 0))
 
 
-def _subset(listing: Listing, size: int | None, seed: int, field: str) -> Listing:
+def _subset(listing: Split, size: int | None, seed: int, field: str) -> Split:
     available = len(listing.labels)
     if size is None or size == available:
         if not available:
@@ -105,7 +131,7 @@ def _subset(listing: Listing, size: int | None, seed: int, field: str) -> Listin
     return listing.take(drawn)
 
 
-def _draw(listing: Listing, size: int, seed: int, setting: str) -> tuple[np.ndarray, np.ndarray]:
+def _draw(listing: Listing | Texts, size: int, seed: int, setting: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns `size` row numbers drawn stratified by class, and the others; both ascending."""
     counts = np.bincount(listing.labels, minlength=len(listing.class_names))
     present, total = np.count_nonzero(counts), len(listing.labels)
@@ -123,7 +149,7 @@ def _draw(listing: Listing, size: int, seed: int, setting: str) -> tuple[np.ndar
     return np.sort(drawn), np.sort(rest)
 
 
-def _detect(data: config.Data) -> str:
+def _detect(data: config.Images) -> str:
     """Returns the source that `data.dir` holds."""
     if not data.dir:
         return "tfds"
@@ -141,7 +167,7 @@ def _detect(data: config.Data) -> str:
     )
 
 
-def _digits(data: config.Data, show_progress: Track) -> list[Listing]:
+def _digits(data: config.Images, show_progress: Track) -> list[Listing]:
     digits = sklearn.datasets.load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # ink from 0 to 16
     ids = [f"digits:{i}" for i in range(len(pixels))]

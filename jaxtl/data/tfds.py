@@ -32,7 +32,7 @@ tfds.builder(sys.argv[1], data_dir=sys.argv[2]).download_and_prepare(file_format
 """
 
 
-def tensorflow_datasets(data: config.Data, show_progress: Track) -> list[Listing]:
+def tensorflow_datasets(data: config.Images, show_progress: Track) -> list[Listing]:
     """Lists the two splits of a set, prepared first where it is not there and that is allowed."""
     import tensorflow_datasets as tfds  # takes half a second
     from tensorflow_datasets.proto import tf_example_pb2

@@ -7,16 +7,31 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# What a comparison shows of result.json: heading, field, format.
+from jaxtl.evaluation import metrics
+
+# What a comparison of runs shows of result.json: heading, path, format.
 _COLUMNS = (
     ("accuracy", "accuracy", "{:.4f}"),
     ("loss", "loss", "{:.4f}"),
+    ("macro F1", "held_out/f1_macro", "{:.4f}"),
+    ("perplexity", "held_out/perplexity", "{:.2f}"),
+    ("test accuracy", "test/accuracy", "{:.4f}"),
+    ("test macro F1", "test/f1_macro", "{:.4f}"),
     ("train loss", "train_loss", "{:.4f}"),
     ("trained parameters", "trainable_parameters", "{:,.0f}"),
     ("of", "total_parameters", "{:,.0f}"),
     ("seconds an epoch", "seconds_per_epoch", "{:.2f}"),
     ("seconds in all", "seconds_total", "{:.1f}"),
 )
+# Of the judged split: heading, field, format.
+_JUDGED = (
+    ("accuracy", "accuracy", "{:.4f}"),
+    ("loss", "loss", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("ROC-AUC", "roc_auc", "{:.4f}"),
+)
+_BY_CLASS = ("precision", "recall", "f1")
+_MANY_CLASSES = 20  # more would not fit beside each other
 
 
 def show(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
@@ -31,21 +46,87 @@ def show(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: boo
 
 
 def show_results(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints the results of several runs, one a row."""
-    rows = [(name, *(form.format(result[field]) for _, field, form in _COLUMNS)) for name, result in results.items()]
-    show(["run", *(heading for heading, _, _ in _COLUMNS)], rows, numbers=True)
+    """Prints the results of several runs, one a row; and below, where figures are reported, those beside ours."""
+    found = {name: metrics.flat(result) for name, result in results.items()}
+    columns = [column for column in _COLUMNS if any(column[1] in figures for figures in found.values())]
+    rows = [(name, *(_cell(figures, field, form) for _, field, form in columns)) for name, figures in found.items()]
+    show(["run", *(heading for heading, _, _ in columns)], rows, numbers=True)
+    if any(result["reported"] for result in results.values()):
+        rows = [
+            (f"{name}, {split}" if index == 0 else "", figure, ours, theirs)
+            for name, result in results.items()
+            for split, judged in [_judged(result)]
+            for index, (figure, ours, theirs) in enumerate(_beside_reported(result, judged))
+        ]
+        show(("run", "figure", "this run", "reported"), rows, numbers=True)
 
 
 def show_result(result: Mapping[str, Any], workdir: Path, *, new: bool) -> None:
     """Prints the result of one run, beside the reported figures where there are some."""
-    reported = result["reported"]
+    split, judged = _judged(result)
+    show_metrics(judged, split)
+    if result["reported"]:
+        show(("figure", split, "reported"), _beside_reported(result, judged), numbers=True)
     rows = [
-        (heading, form.format(result[field]), form.format(reported[field]) if field in reported else "")
+        (heading, form.format(result[field]))
         for heading, field, form in _COLUMNS
+        if field in result and field not in judged
     ]
-    columns = 3 if reported else 2
-    show(["", "this run", "reported"][:columns], [row[:columns] for row in rows], numbers=True)
+    if result.get("before"):
+        before = ", ".join(f"{name} {value:.4f}" for name, value in result["before"].items())
+        rows.insert(0, ("held out, before training", before))
+    if split == "test":
+        rows.insert(0, ("held-out accuracy", f"{result['accuracy']:.4f}"))
+        rows.insert(1, ("held-out loss", f"{result['loss']:.4f}"))
+    show(("this run", ""), rows, numbers=True)
     _console().print(f"{'' if new else 'finished before; '}{workdir / 'result.json'}", soft_wrap=True)
+
+
+def show_metrics(found: Mapping[str, Any], split: str) -> None:
+    """Prints what was measured on a split: single figures, figures by class, the confusion matrix.
+
+    Args:
+        found: see `metrics.classification`.
+        split: its name, for the heading.
+    """
+    rows = [(heading, form.format(found[field])) for heading, field, form in _JUDGED if found.get(field) is not None]
+    show((split, ""), rows, numbers=True)
+    names = list(found.get("confusion", ()))
+    if 0 < len(names) <= _MANY_CLASSES:
+        table = [
+            (
+                name,
+                *(f"{found[figure][name]:.4f}" for figure in _BY_CLASS),
+                *map(str, found["confusion"][name].values()),
+            )
+            for name in names
+        ]
+        table += [
+            (average, *(f"{found[f'{figure}_{average}']:.4f}" for figure in _BY_CLASS), *([""] * len(names)))
+            for average in ("macro", "weighted")
+        ]
+        show(("true class", *_BY_CLASS, *(f"-> {name}" for name in names)), table, numbers=True)
+
+
+def _judged(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Returns the split that the run is judged by, and what was measured on it."""
+    return ("test", result["test"]) if result.get("test") else ("held out", result["held_out"])
+
+
+def _beside_reported(result: Mapping[str, Any], judged: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns (figure, ours, reported) of every figure that is reported."""
+    ours = metrics.flat({**result, **judged})
+    rows = []
+    for path, value in result["reported"].items():
+        form = "{:,.0f}" if value > 1 and float(value).is_integer() else "{:.4f}"  # a count, or a share
+        kind, *names = path.split("/")
+        rows.append((" ".join((kind, " -> ".join(names))).strip(), _cell(ours, path, form), form.format(value)))
+    return rows
+
+
+def _cell(figures: Mapping[str, Any], field: str, form: str) -> str:
+    value = figures.get(field)
+    return "" if value is None else form.format(value)
 
 
 def _console() -> Console:

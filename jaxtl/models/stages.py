@@ -5,13 +5,34 @@ execution plan and the weight tables all speak of the same thing. Parameters are
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx, traverse_util
 
 Params = dict[str, Any]
 """Parameters by path: arrays, or `jax.ShapeDtypeStruct` for an abstract model."""
+
+
+class Sequence(NamedTuple):
+    """A batch of sequences of different lengths, filled up at the end: what the stages of text models take and return.
+
+    Attributes:
+        values: [batch, length, ..]: token ids int32 at the input, [batch, length, width] in the compute dtype after.
+        lengths: int32 [batch], each at least 1. What lies beyond an example's length means nothing and never
+            influences what lies within.
+        positions: int32 [batch, read]: positions that the head reads (masked language modelling), handed on by every
+            stage; None where it reads others.
+    """
+
+    values: jax.Array
+    lengths: jax.Array
+    positions: jax.Array | None = None
+
+
+def values(x: "Sequence | jax.Array") -> jax.Array:
+    """Returns the activations [batch, length, width] of a sequence, or of what is an array already."""
+    return x.values if isinstance(x, Sequence) else x
 
 
 class Staged(nnx.Module):

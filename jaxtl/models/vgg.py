@@ -42,7 +42,7 @@ class VGGConfig:
         return found
 
 
-def vgg(config: VGGConfig, *, with_classifier: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> Staged:
+def vgg(config: VGGConfig, *, top: str | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> Staged:
     """Builds the backbone: images [batch, size, size, 3] -> [batch, size / 32, size / 32, 512], or logits."""
     stages: list[tuple[str, nnx.Module]] = []
     convolutions = config.convolutions()
@@ -51,7 +51,7 @@ def vgg(config: VGGConfig, *, with_classifier: bool, dtype: jnp.dtype, rngs: nnx
         block = name.partition("_")[0]
         if index + 1 == len(convolutions) or not convolutions[index + 1][0].startswith(block + "_"):
             stages.append((f"{block}_pool", MaxPool()))
-    if with_classifier:
+    if top == "classifier":
         side = config.image_size // 2 ** len(config.blocks)
         flat = side * side * config.blocks[-1][1]
         stages += [

@@ -55,7 +55,7 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
 
-def vit(config: ViTConfig, *, with_classifier: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> Staged:
+def vit(config: ViTConfig, *, top: str | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> Staged:
     """Builds the backbone: images [batch, size, size, 3] -> tokens [batch, tokens, width], or logits.
 
     The image size is free where it is a multiple of the patch size, as in transformers.
@@ -66,7 +66,7 @@ def vit(config: ViTConfig, *, with_classifier: bool, dtype: jnp.dtype, rngs: nnx
         *blocks,
         ("norm", FinalNorm(config, dtype=dtype)),
     ]
-    if with_classifier:
+    if top == "classifier":
         stages.append(("classifier", Classifier(config, dtype=dtype, rngs=rngs)))
     return Staged(stages)
 

@@ -2,15 +2,17 @@
 
 import collections
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from jaxtl.config import Data, Experiment, Suite
-from jaxtl.data.listing import Listing
+from jaxtl.config import Data, Experiment, Images, Suite
 from jaxtl.evaluation import compare
 from jaxtl.training import freeze, suite
 from jaxtl.training.setup import Setup, count, preview
+
+SPLITS = ("training", "held-out", "test")
 
 
 def explain(chosen: Experiment | Suite, workdir: Path) -> None:
@@ -28,16 +30,16 @@ def explain(chosen: Experiment | Suite, workdir: Path) -> None:
         _show(name, *preview(member, download=False, to_come=source is not None), workdir / name)
 
 
-def _show(name: str, this: Setup, splits: list[Listing], workdir: Path) -> None:
+def _show(name: str, this: Setup, splits: list[Any], workdir: Path) -> None:
     experiment = this.experiment
     model, head, data, settings = experiment.model, experiment.model.head, experiment.data, experiment.train
     learning, resting = freeze.partition(this.net.params, this.labels)
     console = Console(highlight=False, soft_wrap=True)
     if name:
         console.print(f"\n[bold]{name}[/bold]")
+    size = f"{model.image_size} pixels" if isinstance(data, Images) else f"up to {data.max_length} word pieces"
     console.print(
-        f"model   {model.preset}, weights {model.weights}, {model.image_size} pixels, {settings.precision}; "
-        f"head {head.kind} on {head.reads}"
+        f"model   {model.preset}, weights {model.weights}, {size}, {settings.precision}; head {head.kind} on {head.reads}"
     )
     rows = []
     by_stage = collections.defaultdict(list)
@@ -49,13 +51,10 @@ def _show(name: str, this: Setup, splits: list[Listing], workdir: Path) -> None:
         rows.append((stage, f"{trained:,}" if trained else "", f"{frozen:,}" if frozen else ""))
     rows.append(("all", f"{count(learning):,}", f"{count(resting):,}"))
     compare.show(("stage", "trained parameters", "frozen parameters"), rows, numbers=True)
-    train, held_out = splits
+    sizes = ", ".join(f"{len(split.labels):,} {name}" for split, name in zip(splits, SPLITS, strict=False))
+    console.print(f"data    {_source(data)}: {sizes} examples; {_classes(splits[0])}; {_prepared(this)}")
     console.print(
-        f"data    {_source(data)}: {len(train.labels):,} training and {len(held_out.labels):,} held-out images, "
-        f"{len(train.class_names)} classes: {_classes(train)}; scaled {data.scale}, augmentation {data.augment}"
-    )
-    console.print(
-        f"train   {this.steps:,} steps of {settings.batch_size} images ({settings.epochs} epochs of "
+        f"train   {this.steps:,} steps of {settings.batch_size} examples ({settings.epochs} epochs of "
         f"{this.steps_per_epoch}), {experiment.optim.name}, learning rate {experiment.optim.learning_rate:g} "
         f"{experiment.optim.schedule}, seed {settings.seed}"
     )
@@ -68,10 +67,24 @@ def _show(name: str, this: Setup, splits: list[Listing], workdir: Path) -> None:
 
 
 def _source(data: Data) -> str:
-    return " ".join(part for part in (data.source, data.name, data.dir) if part)
+    if isinstance(data, Images):
+        return " ".join(part for part in (data.source, data.name, data.dir) if part)
+    return " ".join(part for part in (data.name, data.dir, *data.train, data.validation, data.test) if part)
 
 
-def _classes(split: Listing) -> str:
+def _prepared(this: Setup) -> str:
+    data = this.experiment.data
+    if isinstance(data, Images):
+        return f"scaled {data.scale}, augmentation {data.augment}"
+    hidden = f", {data.mask_rate:.0%} hidden" if this.experiment.model.head.kind == "mlm" else ""
+    if not this.lengths:
+        return f"at most {data.buckets} lengths of batches, chosen when the tokenizer is at hand{hidden}"
+    return f"batches {', '.join(map(str, this.lengths))} word pieces long{hidden}"
+
+
+def _classes(split: Any) -> str:
+    if not split.class_names:
+        return "no labels"
     numbers = np.bincount(split.labels, minlength=len(split.class_names))
     shown = [f"{name} {number}" for name, number in zip(split.class_names, numbers, strict=True)][:12]
-    return ", ".join(shown) + (", .." if len(split.class_names) > 12 else "")
+    return f"{len(split.class_names)} classes: {', '.join(shown)}" + (", .." if len(split.class_names) > 12 else "")

@@ -1,22 +1,26 @@
 """One run from start to end: data, network, compiled steps, epochs, evaluation, result."""
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxtl.config import Experiment
-from jaxtl.data import images, loader, sources
+from jaxtl.config import Experiment, Images
+from jaxtl.data import loader, sources
+from jaxtl.data.listing import Examples
 from jaxtl.errors import UserError
-from jaxtl.evaluation import metrics
+from jaxtl.evaluation import errors
+from jaxtl.models import stages
 from jaxtl.progress import Bar, say, track
 from jaxtl.training import cache, checkpoint, freeze, optim, run, step
-from jaxtl.training.network import initial_params, locate
+from jaxtl.training.compiled import compile_step
+from jaxtl.training.evaluate import Evaluation, evaluator, preparation
+from jaxtl.training.network import TOKENIZER, initial_params, locate
 from jaxtl.training.setup import Setup, count, look
 
 # Steps sent to the device ahead of the one whose metrics are read: enough to keep it busy.
@@ -37,33 +41,47 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), this.steps)
     params = initial_params(this.net, experiment.model, this.weights, settings.seed)
     params, frozen = freeze.partition(params, this.labels)
-    # Decoding comes after all that can be wrong with the rest: it may take minutes.
-    train_set, eval_set = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
+    splits = drawn
+    if isinstance(experiment.data, Images):  # after all that can be wrong with the rest: decoding may take minutes
+        splits = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
     seconds = collections.Counter()
 
-    prepare, start = preparation(experiment), None
+    prepare, start = preparation(this), None
     if this.plan.cached:
         begun = time.perf_counter()
-        train_set, eval_set = _compute_once(this, prepare, params, frozen, train_set, eval_set)
-        prepare, start = _as_it_is, this.net.stages[this.net.stages.index(this.plan.boundary) + 1]
+        splits = _compute_once(this, prepare, params, frozen, splits)
+        prepare, start = step.unchanged, this.net.stages[this.net.stages.index(this.plan.boundary) + 1]
         seconds["cache"] += time.perf_counter() - begun
+    train_set, eval_set, *test_sets = splits
 
     state = step.TrainState.create(params, optimizer)
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)  # the key itself made the initial values
     frozen_stages = freeze.frozen_stages(this.labels, this.net.stages)
     begun = time.perf_counter()
-    train_step = step.train_step(this.net.structure, optimizer, prepare, frozen_stages, start)
-    train_step = train_step.lower(state, frozen, _abstract_batch(train_set, settings.batch_size), key).compile()
-    eval_step = step.forward(this.net.structure, prepare, start)
-    eval_images = _abstract_batch(eval_set, settings.eval_batch_size)["image"]
-    eval_step = eval_step.lower(state.params, frozen, eval_images).compile()
+    train_step = compile_step(
+        step.train_step(this.net.structure, optimizer, prepare, frozen_stages, start),
+        (state, frozen),
+        train_set,
+        settings.batch_size,
+        this.lengths,
+        (key,),
+    )
+    evaluate = evaluator(this, prepare, start, state.params, frozen, eval_set)
     seconds["compile"] += time.perf_counter() - begun
     trainable, total = count(state.params), count(this.net.params)
     say(f"compiled in {seconds['compile']:.1f} s; {trainable:,} of {total:,} parameters learn")
 
-    batches = loader.batches(train_set, settings.batch_size, seed=settings.seed, epochs=settings.epochs)
+    batches = loader.batches(
+        train_set, settings.batch_size, seed=settings.seed, epochs=settings.epochs, lengths=this.lengths
+    )
     with run.Recorder(workdir, experiment) as recorder:
-        done = 0
+        if this.tokenizer is not None:
+            this.tokenizer.save_pretrained(str(workdir / TOKENIZER))
+        before, kept, done = None, None, 0
+        if experiment.model.head.kind == "mlm":
+            before = evaluate(state.params, eval_set)
+            recorder.metrics("eval", 0, 0.0, before.figures)
+            say(f"before training  held out {before}")
         while done < this.steps:
             number = done // this.steps_per_epoch + 1
             steps = range(done, min(number * this.steps_per_epoch, this.steps))
@@ -74,22 +92,38 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
             done = steps.stop
             seconds["train"] += epoch.meter.seconds
             seconds["waiting_for_input"] += waited
-            recorder.metrics("train_epoch", done, done / this.steps_per_epoch, epoch.meter)
+            recorder.metrics("train_epoch", done, done / this.steps_per_epoch, epoch.meter.figures)
             if number % settings.eval_every == 0 or done == this.steps:
-                held_out = _evaluate(eval_step, state.params, frozen, eval_set, settings.eval_batch_size)
-                recorder.metrics("eval", done, done / this.steps_per_epoch, held_out)
+                held_out = evaluate(state.params, eval_set)
+                recorder.metrics("eval", done, done / this.steps_per_epoch, held_out.figures)
                 say(f"{title}  train {epoch.meter}  held out {held_out}")
-        checkpoint.save(workdir, this.steps, state.params)
+                if settings.select == "last" or kept is None or held_out.better_than(kept.evaluation):
+                    # A copy: the next step takes the state's own buffers.
+                    kept = _Kept(done, held_out, jax.device_get(state.params))
+        # The test is looked at once, with the parameters that were kept.
+        judged, examples = kept.evaluation, eval_set
+        if test_sets:
+            judged, examples = evaluate(jax.device_put(kept.params), test_sets[0]), test_sets[0]
+            say(f"test {judged}")
+        checkpoint.save(workdir, kept.step, kept.params)
+        if judged.logits is not None:
+            errors.write_misclassified(workdir / errors.FILE, examples, judged.logits)
         return recorder.result(
             {
-                "accuracy": held_out.accuracy,
-                "loss": held_out.loss,
+                "accuracy": kept.evaluation.metrics["accuracy"],
+                "loss": kept.evaluation.metrics["loss"],
+                "held_out": kept.evaluation.metrics,
+                "test": judged.metrics if test_sets else None,
+                "before": before.metrics if before else None,
+                "selected_step": kept.step,
+                "selected_epoch": kept.step / this.steps_per_epoch,
                 "train_accuracy": epoch.meter.accuracy,
                 "train_loss": epoch.meter.loss,
                 "trainable_parameters": trainable,
                 "total_parameters": total,
                 "train_examples": len(train_set.labels),
                 "eval_examples": len(eval_set.labels),
+                "test_examples": len(test_sets[0].labels) if test_sets else 0,
                 "classes": list(train_set.class_names),
                 "frozen_sha256": checkpoint.digest(frozen),
                 "steps": this.steps,
@@ -106,34 +140,27 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         )
 
 
-def preparation(experiment: Experiment) -> step.Prepare:
-    """Returns what takes raw images to the model's input, inside the compiled step."""
-    data, size = experiment.data, experiment.model.image_size
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Parameters that may become the run's result."""
 
-    def prepare(raw: jax.Array, key: jax.Array | None) -> jax.Array:
-        pixels = images.preprocess(raw, size, data.scale)
-        return pixels if key is None else images.augment(key, pixels, data.augment)
-
-    return prepare
-
-
-def _as_it_is(activations: jax.Array, key: jax.Array | None) -> jax.Array:
-    del key
-    return activations
+    step: int
+    evaluation: Evaluation
+    params: stages.Params
 
 
 class Meter:
-    """Running means over examples, and the time they took, from creation or `reset` to the last `add`."""
+    """Running means over answers, and the time they took, from creation or `reset` to the last `add`."""
 
     def __init__(self):
         self.reset()
 
     def reset(self) -> None:
         """Starts anew."""
-        self._totals, self._started, self.seconds = np.zeros(3), time.perf_counter(), 0.0
+        self._totals, self._started, self.seconds = np.zeros(4), time.perf_counter(), 0.0
 
     def add(self, figures: np.ndarray) -> None:
-        """Adds [sum of losses, correct answers, examples]."""
+        """Adds [sum of losses, correct answers, answers, examples]."""
         self._totals += figures
         self.seconds = time.perf_counter() - self._started
 
@@ -148,13 +175,14 @@ class Meter:
         return float(self._totals[1] / self._totals[2])
 
     @property
-    def examples_per_second(self) -> float:
-        """Speed."""
-        return float(self._totals[2] / self.seconds)
+    def figures(self) -> dict[str, float]:
+        """Loss, accuracy and speed, for metrics.jsonl."""
+        speed = round(self._totals[3] / self.seconds, 2)
+        return {"loss": self.loss, "accuracy": self.accuracy, "examples_per_second": speed}
 
     def __str__(self) -> str:
-        speed = self.examples_per_second
-        return f"loss {self.loss:.4f} accuracy {self.accuracy:.4f} {speed:.{0 if speed >= 10 else 1}f} images/s"
+        speed = self._totals[3] / self.seconds
+        return f"loss {self.loss:.4f} accuracy {self.accuracy:.4f} {speed:.{0 if speed >= 10 else 1}f} examples/s"
 
 
 class _EpochReport:
@@ -175,39 +203,38 @@ class _EpochReport:
         self._line.add(figures)
         self._bar.advance(note=str(self.meter))
         if number % experiment.train.log_every == 0:
-            self._recorder.metrics("train", number, number / self._this.steps_per_epoch, self._line)
+            self._recorder.metrics("train", number, number / self._this.steps_per_epoch, self._line.figures)
             self._line.reset()
 
 
 def _compute_once(
-    this: Setup,
-    prepare: step.Prepare,
-    params: dict[str, jax.Array],
-    frozen: dict[str, jax.Array],
-    train_set: sources.ImageSet,
-    eval_set: sources.ImageSet,
-) -> tuple[sources.ImageSet, sources.ImageSet]:
-    """Returns the two sets with each image replaced by its activations at the freeze boundary."""
+    this: Setup, prepare: step.Prepare, params: stages.Params, frozen: stages.Params, splits: list[Examples]
+) -> list[Examples]:
+    """Returns the splits with each input replaced by its activations at the freeze boundary."""
     say(f"stages up to {this.plan.boundary} run once: {this.plan.cache_bytes / 1e9:.2f} GB of activations")
     batch_size = this.experiment.train.eval_batch_size
     prefix = step.forward(this.net.structure, prepare, stop=this.plan.boundary)
-    prefix = prefix.lower(params, frozen, _abstract_batch(train_set, batch_size)["image"]).compile()
-    return tuple(
-        cache.fill(lambda raw: prefix(params, frozen, raw), dataset, batch_size, this.activations, split)
-        for dataset, split in ((train_set, "training"), (eval_set, "evaluation"))
-    )
+    prefix = compile_step(prefix, (params, frozen), splits[0], batch_size, this.lengths)
+
+    def run_prefix(batch: dict[str, Any]) -> Any:
+        return prefix(params, frozen, batch)
+
+    return [
+        cache.fill(run_prefix, split, batch_size, this.lengths, this.activations, name)
+        for split, name in zip(splits, ("training", "held-out", "test"), strict=False)
+    ]
 
 
 def _run_steps(
     train_step: Callable,
     state: step.TrainState,
-    frozen: dict[str, jax.Array],
+    frozen: stages.Params,
     key: jax.Array,
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: Iterator[dict[str, Any]],
     numbers: range,
     report: Callable[[int, np.ndarray], None],
 ) -> tuple[step.TrainState, float]:
-    """Runs the steps of these numbers, `report`ing each (number from 1, metrics) a little after it was sent off.
+    """Runs the steps of these numbers, `report`ing each (number from 1, figures) a little after it was sent off.
 
     Returns:
         The new state, and the seconds spent waiting for input.
@@ -216,7 +243,7 @@ def _run_steps(
     pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
     for number in numbers:
         asked = time.perf_counter()
-        batch = _to_device(next(batches))
+        batch = jax.device_put(next(batches))
         waited += time.perf_counter() - asked
         state, figures = train_step(state, frozen, batch, key)
         pending.append((number + 1, figures))
@@ -226,37 +253,3 @@ def _run_steps(
     for sent, figures in pending:
         report(sent, np.asarray(figures, np.float64))
     return state, waited
-
-
-def _evaluate(
-    eval_step: Callable,
-    params: dict[str, jax.Array],
-    frozen: dict[str, jax.Array],
-    dataset: sources.ImageSet,
-    batch_size: int,
-) -> Meter:
-    """Returns loss and accuracy over a whole split, every example counted once."""
-    meter = Meter()
-    examples = len(dataset.labels)
-    batches = loader.batches(dataset, batch_size, seed=None, epochs=1)
-    logits = np.concatenate(
-        [
-            np.asarray(eval_step(params, frozen, jax.device_put(batch["image"])))[batch["weight"] > 0]
-            for batch in track(batches, loader.steps_per_epoch(examples, batch_size), "evaluating")
-        ]
-    )
-    found = metrics.classification(logits, dataset.labels)
-    meter.add(np.array([found["loss"] * examples, found["accuracy"] * examples, examples]))
-    return meter
-
-
-def _to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return jax.device_put({name: batch[name] for name in ("image", "label", "weight")})
-
-
-def _abstract_batch(dataset: sources.ImageSet, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        "image": jax.ShapeDtypeStruct((batch_size, *dataset.images.shape[1:]), dataset.images.dtype),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        "weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32),
-    }

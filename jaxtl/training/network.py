@@ -2,19 +2,25 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxtl import config
+from jaxtl.data import masking
 from jaxtl.errors import UserError, suggest
 from jaxtl.models import presets, stages
+from jaxtl.progress import say
 from jaxtl.training import checkpoint
 from jaxtl.weights import configs, convert, files, hub, tables
 
 HEAD = "head"  # the stage that is ours; all before it is the backbone
+TOKENIZER = "tokenizer"  # folder of a run
+RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Network:
         structure: the module without its parameters.
         params: abstract parameters by path, backbone and head, in the order of the stages.
         stages: names in order, the head's last.
+        input: abstract input of the model for one example of the largest size.
     """
 
     config: presets.Config
@@ -34,36 +41,63 @@ class Network:
     structure: nnx.GraphDef
     params: stages.Params
     stages: tuple[str, ...]
+    input: Any
 
 
-def network(model: config.Model, classes: int, precision: str, weights: Path | None) -> Network:
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, as its folder tells.
+
+    Attributes:
+        result: what its result.json holds.
+        trained: the parameters it trained, by path.
+        weights: where the weights lie that it started from; None where those were random.
+    """
+
+    folder: Path
+    experiment: config.Experiment
+    result: dict[str, Any]
+    trained: stages.Params
+    weights: Path | None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes it tells apart."""
+        return tuple(self.result["classes"])
+
+
+def network(experiment: config.Experiment, classes: int, weights: Path | None) -> Network:
     """Returns the network that an experiment describes.
 
     Args:
-        model: preset, image size and head.
+        experiment: model, precision, and the data for the size of an input.
         classes: number of classes to tell apart.
-        precision: compute dtype, by name.
         weights: where the weights lie (see `locate`), None where they are random or not at hand. The architecture
             described beside them is used, and must be the preset's.
 
     Raises:
         UserError: an unknown preset, weights of another architecture, or parts that do not fit together.
     """
-    architecture = _architecture(model, weights)
+    model, data = experiment.model, experiment.data
+    architecture, inputs = _architecture(model, weights), _input(experiment)
     try:
-        build = presets.classifier(
+        build = presets.model(
             architecture,
             **dataclasses.asdict(model.head),
             classes=classes,
-            image_size=model.image_size,
-            precision=precision,
+            inputs=inputs,
+            precision=experiment.train.precision,
         )
     except ValueError as error:
-        raise UserError(f"model.image_size={model.image_size}, model.head.reads={model.head.reads}: {error}") from None
+        size = f"data.max_length={data.max_length}" if isinstance(data, config.Text) else ""
+        size = size or f"model.image_size={model.image_size}"
+        raise UserError(
+            f"{size}, model.head.kind={model.head.kind}, model.head.reads={model.head.reads}: {error}"
+        ) from None
     structure, params, names = stages.abstract(build)
     order = {name: index for index, name in enumerate(names)}
     params = dict(sorted(params.items(), key=lambda item: (order[item[0].partition("/")[0]], item[0])))
-    return Network(architecture, build, structure, params, names)
+    return Network(architecture, build, structure, params, names, inputs)
 
 
 def locate(weights: str) -> Path | None:
@@ -72,7 +106,7 @@ def locate(weights: str) -> Path | None:
     Raises:
         UserError: there is no such file, folder or repository, or it cannot be reached.
     """
-    if weights == "random":
+    if weights == RANDOM:
         return None
     path = Path(weights).expanduser()
     if path.exists():
@@ -83,6 +117,28 @@ def locate(weights: str) -> Path | None:
         return hub.fetch(weights)
     except UserError as error:
         raise UserError(f"model.weights={weights}: there is no such file or folder here, and {error}") from None
+
+
+def tokenizer_folder(data: config.Text, weights: Path | None) -> Path:
+    """Returns the folder that holds the tokenizer.
+
+    Args:
+        data: may name one.
+        weights: where the weights lie, with a tokenizer beside them; None where they are random.
+
+    Raises:
+        UserError: it is nowhere to be found.
+    """
+    if data.tokenizer:
+        folder = locate(data.tokenizer)
+        if folder is None or not folder.is_dir():
+            raise UserError(f"data.tokenizer={data.tokenizer} is neither a folder nor a repository")
+        return folder
+    if weights is None:
+        raise UserError("random weights have no tokenizer beside them; --set data.tokenizer=FOLDER_OR_REPO names one")
+    if is_run(weights):
+        return weights / TOKENIZER
+    return weights if weights.is_dir() else weights.parent
 
 
 def initial_params(net: Network, model: config.Model, weights: Path | None, seed: int) -> stages.Params:
@@ -101,13 +157,69 @@ def initial_params(net: Network, model: config.Model, weights: Path | None, seed
     if weights is None:
         return stages.initialize(net.build, key, net.params)
     backbone = {path: leaf for path, leaf in net.params.items() if path.partition("/")[0] != HEAD}
-    if _is_run(weights):
-        loaded = _of_run(weights, backbone)
+    table = tables.table(net.config, top=presets.top(model.head.reads))
+    if is_run(weights):
+        loaded = _backbone(load_run(weights), backbone, table.optional)
     else:
-        table = tables.table(net.config, with_classifier=model.head.reads == "logits")
         loaded = convert.read(table, files.Checkpoint(weights), backbone, str(weights))
-    fresh = stages.initialize(net.build, key, [path for path in net.params if path not in backbone])
-    return {**{path: jax.numpy.asarray(value) for path, value in loaded.items()}, **fresh}
+    for stage in sorted({path.partition("/")[0] for path in backbone if path not in loaded}):
+        say(f"{weights} holds no {stage}: it starts from random values")
+    fresh = stages.initialize(net.build, key, [path for path in net.params if path not in loaded])
+    return {**{path: jnp.asarray(value) for path, value in loaded.items()}, **fresh}
+
+
+def load_run(folder: Path) -> FinishedRun:
+    """Reads a finished run.
+
+    Raises:
+        UserError: it has not finished, or is damaged.
+    """
+    experiment = _run_experiment(folder)
+    trained = checkpoint.restore(folder)
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        for name in ("classes", "frozen_sha256"):
+            result[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: the run there has not finished; run it first") from None
+    return FinishedRun(folder, experiment, result, trained, locate(experiment.model.weights))
+
+
+def run_params(run: FinishedRun) -> tuple[Network, stages.Params]:
+    """Returns the network of a finished run and all its parameters: what it started from, overlaid with what it saved.
+
+    Raises:
+        UserError: what it started from is not what it was then, by the digest in its result.
+    """
+    net = network(run.experiment, len(run.class_names), run.weights)
+    frozen = {}
+    if len(run.trained) < len(net.params):
+        start = initial_params(net, run.experiment.model, run.weights, run.experiment.train.seed)
+        frozen = {path: value for path, value in start.items() if path not in run.trained}
+    if checkpoint.digest(frozen) != run.result["frozen_sha256"]:
+        raise UserError(
+            f"{run.folder}: its frozen parameters came from model.weights={run.experiment.model.weights}, which has "
+            "changed since; put the weights of then back, or run it again"
+        )
+    return net, {**frozen, **run.trained}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is that of a run."""
+    return (folder / "experiment.json").is_file()
+
+
+def _input(experiment: config.Experiment) -> Any:
+    """Returns the abstract input of the model for one example of the largest size."""
+    data, model = experiment.data, experiment.model
+    if isinstance(data, config.Images):
+        return jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    read = masking.read_positions(data.max_length, data.mask_rate)
+    return stages.Sequence(
+        jax.ShapeDtypeStruct((1, data.max_length), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((1, read), jnp.int32) if model.head.kind == "mlm" else None,
+    )
 
 
 def _architecture(model: config.Model, weights: Path | None) -> presets.Config:
@@ -119,7 +231,7 @@ def _architecture(model: config.Model, weights: Path | None) -> presets.Config:
                 f"there are {', '.join(presets.PRESETS)}, and from_weights"
             )
         preset = presets.PRESETS[model.preset]
-    if weights is not None and _is_run(weights):
+    if weights is not None and is_run(weights):
         theirs = _run_experiment(weights)
         found = _architecture(theirs.model, locate(theirs.model.weights))
     elif weights is not None and weights.is_dir():
@@ -137,40 +249,21 @@ def _architecture(model: config.Model, weights: Path | None) -> presets.Config:
     return found
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "experiment.json").is_file()
-
-
 def _run_experiment(folder: Path) -> config.Experiment:
     path = folder / "experiment.json"
     return config.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
-def _of_run(folder: Path, backbone: stages.Params) -> stages.Params:
-    """Returns the backbone that a run trained: what it started from, overlaid with what it saved.
-
-    What it started from must be what it was then, by the digest in its result.
-    """
-    trained = checkpoint.restore(folder)
-    experiment = _run_experiment(folder)
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        classes, digest = len(result["classes"]), result["frozen_sha256"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder}: the run there has not finished; run it first") from None
-    weights = locate(experiment.model.weights)
-    theirs = network(experiment.model, classes, experiment.train.precision, weights)
-    frozen = {}
-    if len(trained) < len(theirs.params):
-        start = initial_params(theirs, experiment.model, weights, experiment.train.seed)
-        frozen = {path: value for path, value in start.items() if path not in trained}
-    if checkpoint.digest(frozen) != digest:
-        raise UserError(
-            f"{folder}: its frozen parameters came from model.weights={experiment.model.weights}, which has changed "
-            "since; put the weights of then back, or run it again"
-        )
-    values = {path: value for path, value in {**frozen, **trained}.items() if path in backbone}
-    wrong = [path for path, leaf in backbone.items() if path not in values or values[path].shape != leaf.shape]
+def _backbone(run: FinishedRun, backbone: stages.Params, optional: Collection[str]) -> stages.Params:
+    """Returns the backbone that a run trained, without those of the `optional` stages that it did not have."""
+    _, params = run_params(run)
+    had = {path.partition("/")[0] for path in params}
+    wanted = {
+        path: leaf
+        for path, leaf in backbone.items()
+        if (stage := path.partition("/")[0]) in had or stage not in optional
+    }
+    wrong = [path for path, leaf in wanted.items() if path not in params or params[path].shape != leaf.shape]
     if wrong:
-        raise UserError(f"{folder} holds a run of another model: {', '.join(wrong[:3])} do not match")
-    return values
+        raise UserError(f"{run.folder} holds a run of another model: {', '.join(wrong[:3])} do not match")
+    return {path: params[path] for path in wanted}

@@ -5,10 +5,7 @@ activations for an example in every epoch. Where the input is the same too, they
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-
-import jax
 
 from jaxtl.config import Experiment
 from jaxtl.errors import UserError
@@ -43,39 +40,41 @@ def boundary(labels: Mapping[str, str], stages: Sequence[str]) -> str | None:
     raise ValueError("nothing learns")  # label_params does not let this pass
 
 
-def make(
-    experiment: Experiment,
-    boundary: str | None,
-    activations: jax.ShapeDtypeStruct | None,
-    examples: int,
-    passes: float,
-) -> Plan:
+def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes: float) -> Plan:
     """Returns the plan of an experiment. Pure.
 
     Args:
         experiment: what is asked for.
         boundary: the last stage of the frozen prefix.
-        activations: of one example, after the boundary; None where there is no boundary.
-        examples: number of examples, training and evaluation together.
+        cache_bytes: memory that the activations after the boundary take, of all examples of all splits.
         passes: over the training examples, in the whole run.
 
     Raises:
         UserError: `plan.cache=on` where that cannot be.
     """
     settings = experiment.plan
-    size = math.prod(activations.shape) * activations.dtype.itemsize * examples if activations else 0
-    budget = settings.cache_budget_gb * 1e9
+    changing = _changes(experiment)
     against = None
     if boundary is None:
         against = "the first stage learns: there is no frozen prefix"
     elif settings.cache == "off":
         against = "plan.cache is off"
-    elif experiment.data.augment != "none":
-        against = f"data.augment={experiment.data.augment} changes the input in every epoch"
+    elif changing:
+        against = f"{changing} in every epoch"
     elif passes <= 1 and settings.cache != "on":
         against = "no example is trained on twice"
-    elif size > budget:
-        against = f"the activations take {size / 1e9:.2f} GB, plan.cache_budget_gb is {settings.cache_budget_gb:g}"
+    elif cache_bytes > settings.cache_budget_gb * 1e9:
+        against = (
+            f"the activations take {cache_bytes / 1e9:.2f} GB, plan.cache_budget_gb is {settings.cache_budget_gb:g}"
+        )
     if against and settings.cache == "on":
         raise UserError(f"plan.cache=on is not possible: {against}")
-    return Plan(boundary, against is None, against or "the same activations in every epoch", size)
+    return Plan(boundary, against is None, against or "the same activations in every epoch", cache_bytes)
+
+
+def _changes(experiment: Experiment) -> str | None:
+    """Returns what makes the input of an example another one each time, if anything does."""
+    if experiment.model.head.kind == "mlm":
+        return "masking changes the input"
+    augment = getattr(experiment.data, "augment", "none")
+    return f"data.augment={augment} changes the input" if augment != "none" else None

@@ -3,6 +3,8 @@
 experiment.json   the resolved experiment: enough to repeat the run
 metrics.jsonl     a line every few steps and at the end of every epoch, train and eval
 checkpoints/      trained parameters
+tokenizer/        of text: the tokenizer's files
+misclassified.csv the examples that the model got wrong, most confident errors first
 result.json       the figures of the finished run; written last, so that its presence means finished
 """
 
@@ -13,9 +15,10 @@ import platform
 import resource
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -62,14 +65,6 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
     return None
 
 
-class Figures(Protocol):
-    """Means over examples."""
-
-    loss: float
-    accuracy: float
-    examples_per_second: float
-
-
 class Recorder:
     """Writes the files of a run.
 
@@ -84,7 +79,7 @@ class Recorder:
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(workdir / checkpoint.FOLDER, ignore_errors=True)
         self._workdir = workdir
-        _write(workdir / EXPERIMENT, config.to_json(experiment))
+        write(workdir / EXPERIMENT, config.to_json(experiment))
         self._metrics = (workdir / METRICS).open("w", encoding="utf-8")
 
     def __enter__(self) -> "Recorder":
@@ -93,30 +88,23 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
 
-    def metrics(self, split: str, step: int, epoch: float, figures: Figures) -> None:
+    def metrics(self, split: str, step: int, epoch: float, figures: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl.
 
         Args:
             split: `train` (since the last such line), `train_epoch` (the epoch so far) or `eval`.
             step: training steps done.
             epoch: passes over the training examples done, with a fraction in the middle of one.
-            figures: what was measured.
+            figures: what was measured; of figures by class, nothing is written.
         """
-        line = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "split": split,
-            "loss": figures.loss,
-            "accuracy": figures.accuracy,
-            "examples_per_second": round(figures.examples_per_second, 2),
-        }
-        self._metrics.write(json.dumps(line) + "\n")
+        single = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
+        self._metrics.write(json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **single}) + "\n")
         self._metrics.flush()
 
     def result(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Writes result.json, with versions and hardware added, and returns what it holds."""
         result = {**figures, **environment()}
-        _write(self._workdir / RESULT, json.dumps(result, indent=2) + "\n")
+        write(self._workdir / RESULT, json.dumps(result, indent=2) + "\n")
         return result
 
 
@@ -141,7 +129,8 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes but on macOS
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_suffix(".tmp")  # renamed when complete: a killed run leaves no half of it
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -2,19 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from jaxtl.config import Experiment
-from jaxtl.data import loader, sources
-from jaxtl.data.listing import Listing, Track, no_progress
+from jaxtl.config import Experiment, Text
+from jaxtl.data import buckets, loader, sources, tokens
+from jaxtl.data.listing import Track, no_progress
+from jaxtl.errors import UserError
 from jaxtl.models import stages
-from jaxtl.training import freeze, plan
-from jaxtl.training.network import Network, locate, network
-from jaxtl.weights.hub import is_repo_id
+from jaxtl.training import cache, freeze, plan
+from jaxtl.training.network import RANDOM, Network, locate, network, tokenizer_folder
+from jaxtl.weights import hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +27,10 @@ class Setup:
         weights: where the weights lie; None where they are random, or not looked for yet.
         labels: the optimiser group, or `freeze.FROZEN`, of every parameter by path.
         steps_per_epoch, steps: lengths of an epoch and of the run.
-        activations: shape and dtype of one example's activations at the freeze boundary; None without one.
+        activations: what the frozen prefix returns for one example, abstract; None without a prefix.
         plan: what is computed once.
+        lengths: of the batches of text, ascending; empty for images, and where the texts are not tokenised yet.
+        tokenizer: of text; None where it is not at hand yet.
     """
 
     experiment: Experiment
@@ -35,12 +39,22 @@ class Setup:
     labels: dict[str, str]
     steps_per_epoch: int
     steps: int
-    activations: jax.ShapeDtypeStruct | None
+    activations: Any
     plan: plan.Plan
+    lengths: tuple[int, ...] = ()
+    tokenizer: Any = None
 
 
 def describe(
-    experiment: Experiment, weights: Path | None, classes: int, train_examples: int, eval_examples: int
+    experiment: Experiment,
+    weights: Path | None,
+    classes: int,
+    train_examples: int,
+    other_examples: int,
+    *,
+    token_count: int | None = None,
+    lengths: tuple[int, ...] = (),
+    tokenizer: Any = None,
 ) -> Setup:
     """Describes the run of an experiment on data of this size. Computes nothing, needs no weights.
 
@@ -48,54 +62,83 @@ def describe(
         experiment: what is asked for.
         weights: where the weights lie, see `network.network`.
         classes: number of classes in the data.
-        train_examples, eval_examples: sizes of the two splits.
+        train_examples, other_examples: sizes of the training split, and of the others together.
+        token_count: word pieces of all texts together; None where that is not known yet: the most there can be.
+        lengths, tokenizer: see `Setup`.
 
     Raises:
         UserError: preset, weights, freeze rules or plan do not fit.
     """
     settings = experiment.train
-    net = network(experiment.model, classes, settings.precision, weights)
+    net = network(experiment, classes, weights)
     labels = freeze.label_params(net.params, experiment.freeze, net.stages)
     boundary = plan.boundary(labels, net.stages)
-    activations = None
+    activations, cache_bytes, examples = None, 0, train_examples + other_examples
     if boundary:
-        size = experiment.model.image_size
-        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
 
-        def prefix(params: stages.Params, images: jax.Array) -> jax.Array:
-            return stages.bind(net.structure, params)(images, stop=boundary)
+        def prefix(params: stages.Params, inputs: Any) -> Any:
+            return stages.bind(net.structure, params)(inputs, stop=boundary)
 
-        output = jax.eval_shape(prefix, net.params, images)
-        activations = jax.ShapeDtypeStruct(output.shape[1:], output.dtype)
+        activations = jax.eval_shape(prefix, net.params, net.input)
+        most = examples * getattr(experiment.data, "max_length", 0)
+        cache_bytes = cache.size(activations, examples, most if token_count is None else token_count)
     steps_per_epoch = loader.steps_per_epoch(train_examples, settings.batch_size)
     steps = min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf)
-    examples, passes = train_examples + eval_examples, steps / steps_per_epoch
-    decided = plan.make(experiment, boundary, activations, examples, passes)
-    return Setup(experiment, weights, net, labels, steps_per_epoch, steps, activations, decided)
+    decided = plan.make(experiment, boundary, cache_bytes, steps / steps_per_epoch)
+    return Setup(experiment, weights, net, labels, steps_per_epoch, steps, activations, decided, lengths, tokenizer)
 
 
 def look(
     experiment: Experiment, find_weights: Callable[[str], Path | None], show_progress: Track = no_progress
-) -> tuple[Setup, list[Listing]]:
-    """Describes the run of an experiment on its data, which is listed and drawn from but not decoded.
+) -> tuple[Setup, list[Any]]:
+    """Describes the run of an experiment on its data: images listed and drawn but not decoded, texts tokenised.
 
     Args:
         experiment: what is asked for.
         find_weights: `model.weights` -> where they lie. Called when the data has been found, as it may fetch a lot.
         show_progress: wraps the slow loops.
 
+    Returns:
+        The description, and the training and held-out examples, and those for the test where there are such.
+
     Raises:
         UserError: see `describe` and `jaxtl.data.sources.listings`.
     """
     drawn = sources.listings(experiment.data, show_progress)
     weights = find_weights(experiment.model.weights)
-    return describe(experiment, weights, len(drawn[0].class_names), *(len(split.labels) for split in drawn)), drawn
+    sizes = [len(split.labels) for split in drawn]
+    known: dict[str, Any] = {}
+    data = experiment.data
+    # Without weights that are to be had later, there is no tokenizer yet either.
+    if isinstance(data, Text) and (weights or data.tokenizer or experiment.model.weights == RANDOM):
+        folder = tokenizer_folder(data, weights)
+        tokenizer = tokens.load_tokenizer(folder)
+        drawn = sources.tokenised(drawn, tokenizer, data.max_length, show_progress)
+        known = {
+            "token_count": sum(len(split.inputs.values) for split in drawn),
+            "lengths": batch_lengths([split.inputs.lengths for split in drawn], data),
+            "tokenizer": tokenizer,
+        }
+    this = describe(experiment, weights, len(drawn[0].class_names), sizes[0], sum(sizes[1:]), **known)
+    if this.tokenizer is not None and len(this.tokenizer) > this.net.config.vocabulary:
+        raise UserError(
+            f"the tokenizer in {folder} has {len(this.tokenizer)} word pieces, the model "
+            f"{this.net.config.vocabulary}: it is not the tokenizer of these weights"
+        )
+    return this, drawn
 
 
-def preview(experiment: Experiment, *, download: bool, to_come: bool = False) -> tuple[Setup, list[Listing]]:
+def batch_lengths(lengths: Sequence[np.ndarray], data: Text) -> tuple[int, ...]:
+    """Returns the lengths of batches: chosen for the first split's texts, and one more where another's are longer."""
+    chosen = buckets.bucket_lengths(lengths[0], data.buckets, data.max_length)
+    longest = max(int(split.max()) for split in lengths)
+    return chosen if longest <= chosen[-1] else (*chosen, data.max_length)
+
+
+def preview(experiment: Experiment, *, download: bool, to_come: bool = False) -> tuple[Setup, list[Any]]:
     """Describes a run before it is time for it: fetches no weights, and no data where `download` is False.
 
-    What the Hub holds is fetched only where its size is asked for.
+    Of what the Hub holds, config and tokenizer are fetched, and only where the size is asked for by `from_weights`.
 
     Args:
         experiment: what is asked for.
@@ -107,8 +150,11 @@ def preview(experiment: Experiment, *, download: bool, to_come: bool = False) ->
     """
 
     def find_weights(weights: str) -> Path | None:
-        here = Path(weights).expanduser().exists() or not is_repo_id(weights)
-        return locate(weights) if not to_come and (here or experiment.model.preset == "from_weights") else None
+        if to_come:
+            return None
+        if Path(weights).expanduser().exists() or not hub.is_repo_id(weights):
+            return locate(weights)
+        return hub.fetch_description(weights) if experiment.model.preset == "from_weights" else None
 
     data = dataclasses.replace(experiment.data, download=download and experiment.data.download)
     return look(dataclasses.replace(experiment, data=data), find_weights)

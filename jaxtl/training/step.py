@@ -1,4 +1,4 @@
-"""The compiled steps: one of training, one of evaluation.
+"""The compiled steps: one of training, two of evaluation.
 
 Frozen parameters enter beside the state. The loss is differentiated with respect to the trainable ones only, so that
 nothing before the first trainable stage has a backward pass, and no activation of it is kept.
@@ -14,11 +14,14 @@ from flax import nnx
 
 from jaxtl.models import stages
 
-Batch = Mapping[str, jax.Array]
-"""`image` uint8 [batch, height, width, 3], `label` int32 [batch], `weight` float32 [batch]: 0 for padding."""
+Batch = Mapping[str, Any]
+"""What `jaxtl.data.loader` yields: `input`, `label` int32 [batch], `weight` float32 [batch] (0 for padding), `index`."""
 
-Prepare = Callable[[jax.Array, jax.Array | None], jax.Array]
-"""Raw images and a key (None: no augmentation) -> float32 images [batch, size, size, 3]."""
+Prepare = Callable[[Batch, jax.Array | None], Batch]
+"""From a raw batch and a key (None: evaluation) to the batch whose `input` the model takes.
+
+Of masked language modelling, `label` and `weight` are [batch, read] afterwards.
+"""
 
 
 class TrainState(NamedTuple):
@@ -40,6 +43,12 @@ class TrainState(NamedTuple):
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+def unchanged(batch: Batch, key: jax.Array | None) -> Batch:
+    """The `Prepare` of what is the model's input already."""
+    del key
+    return batch
+
+
 def train_step(
     structure: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -47,53 +56,77 @@ def train_step(
     frozen_stages: Collection[str],
     start: str | None = None,
 ) -> Callable[[TrainState, stages.Params, Batch, jax.Array], tuple[TrainState, jax.Array]]:
-    """Returns `step(state, frozen, batch, key) -> (state, metrics)`, jitted, the state donated.
+    """Returns `step(state, frozen, batch, key) -> (state, figures)`, jitted, the state donated.
 
     The key is the same for the whole run: the step number is folded in, so a resumed run draws the same dropout
-    masks and augmentations. `metrics` is float32 [3]: sum of the losses, number of correct answers, number of
-    examples.
+    masks and augmentations. `figures` are those of `score`.
 
     Args:
         structure: the model without its parameters.
         optimizer: for the trainable parameters.
-        prepare: from a batch's images to the input of `start`.
+        prepare: from a raw batch to one whose input is that of `start`.
         frozen_stages: stages that run without dropout.
         start: the first stage to run; None is the model's first.
     """
 
-    def step(state: TrainState, frozen: stages.Params, batch: Batch, key: jax.Array):
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        inputs = prepare(batch["image"], augment_key)
+    def step(state: TrainState, frozen: stages.Params, raw: Batch, key: jax.Array):
+        prepare_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = prepare(raw, prepare_key)
 
         def loss_fn(trainable: stages.Params):
             model = stages.bind(structure, {**frozen, **trainable})
-            logits = model(inputs, start=start, rng=dropout_key, deterministic=frozen_stages)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            total = jnp.sum(losses * batch["weight"])
-            count = jnp.sum(batch["weight"])
-            correct = jnp.sum((jnp.argmax(logits, axis=-1) == batch["label"]) * batch["weight"])
-            return total / count, jnp.stack([total, correct, count])
+            logits = model(batch["input"], start=start, rng=dropout_key, deterministic=frozen_stages)
+            figures = _figures(logits, batch, raw)
+            return figures[0] / figures[2], figures
 
-        gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+        gradients, figures = jax.grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), figures
 
     return jax.jit(_exact(step), donate_argnums=0)
 
 
 def forward(
     structure: nnx.GraphDef, prepare: Prepare, start: str | None = None, stop: str | None = None
-) -> Callable[[stages.Params, stages.Params, jax.Array], jax.Array]:
-    """Returns `step(trainable, frozen, images) -> output of stage stop`, jitted, nothing random.
+) -> Callable[[stages.Params, stages.Params, Batch], Any]:
+    """Returns `step(trainable, frozen, batch) -> output of stage stop`, jitted, nothing random.
 
-    Without `stop` the output is the logits: float32 [batch, classes].
+    Of the batch, `input` is enough. Without `stop` the output is the logits: float32 [batch, classes], or [batch, 1].
     """
 
-    def step(trainable: stages.Params, frozen: stages.Params, images: jax.Array) -> jax.Array:
-        return stages.bind(structure, {**frozen, **trainable})(prepare(images, None), start=start, stop=stop)
+    def step(trainable: stages.Params, frozen: stages.Params, raw: Batch) -> Any:
+        return stages.bind(structure, {**frozen, **trainable})(prepare(raw, None)["input"], start=start, stop=stop)
 
     return jax.jit(_exact(step))
+
+
+def score(
+    structure: nnx.GraphDef, prepare: Prepare, start: str | None = None
+) -> Callable[[stages.Params, stages.Params, Batch], jax.Array]:
+    """Returns `step(trainable, frozen, batch) -> figures`, jitted, nothing random.
+
+    `figures` is float32 [4]: sum of the losses, number of correct answers, number of answers, number of examples.
+    """
+
+    def step(trainable: stages.Params, frozen: stages.Params, raw: Batch) -> jax.Array:
+        batch = prepare(raw, None)
+        return _figures(stages.bind(structure, {**frozen, **trainable})(batch["input"], start=start), batch, raw)
+
+    return jax.jit(_exact(step))
+
+
+def _figures(logits: jax.Array, batch: Batch, raw: Batch) -> jax.Array:
+    label, weight = batch["label"], batch["weight"]
+    if logits.shape[-1] == 1:  # one node for two classes
+        logits = logits[..., 0]
+        losses = optax.sigmoid_binary_cross_entropy(logits, label)
+        answers = (logits > 0).astype(label.dtype)
+    else:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        answers = jnp.argmax(logits, axis=-1)
+    correct = jnp.sum((answers == label) * weight)
+    return jnp.stack([jnp.sum(losses * weight), correct, jnp.sum(weight), jnp.sum(raw["weight"])])
 
 
 def _exact(step: Callable) -> Callable:

@@ -1,10 +1,12 @@
 """The architecture that a `config.json` describes: Hugging Face's, and timm's for VGG19."""
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from jaxtl.errors import UserError
+from jaxtl.models.bert import BertConfig
 from jaxtl.models.layers import ACTIVATIONS
 from jaxtl.models.presets import Config
 from jaxtl.models.vgg import VGGConfig
@@ -29,13 +31,13 @@ def read_config(folder: Path) -> Config:
     if fields.get("architecture") == "vgg19":  # timm
         return VGGConfig(classes=fields.get("num_classes", 1000))
     model_type = fields.get("model_type")
-    if model_type not in ("vit", "deit", "dinov2"):
+    if model_type not in _READERS:
         described = fields.get("architecture") or model_type or "no model_type"
-        raise UserError(f"{path} describes {described!r}; jaxtl has vit, deit, dinov2 and timm's vgg19")
+        raise UserError(f"{path} describes {described!r}; jaxtl has {', '.join(_READERS)} and timm's vgg19")
     from transformers import AutoConfig  # fills in what the file leaves to the defaults
 
     try:
-        return _vit(AutoConfig.for_model(**fields), path)
+        return _READERS[model_type](AutoConfig.for_model(**fields), path)
     except UserError:
         raise
     except Exception as error:  # transformers validates with several kinds of exception
@@ -44,33 +46,13 @@ def read_config(folder: Path) -> Config:
 
 
 def _vit(fields: Any, path: Path) -> ViTConfig:
-    unsupported = [
-        f"{name}={value!r}"
-        for name, value, supported in (
-            ("num_channels", fields.num_channels, fields.num_channels == 3),
-            ("hidden_act", fields.hidden_act, fields.hidden_act in ACTIVATIONS),
-            ("drop_path_rate", getattr(fields, "drop_path_rate", 0.0), not getattr(fields, "drop_path_rate", 0.0)),
-        )
-        if not supported
-    ]
-    if unsupported:
-        raise UserError(f"{path}: jaxtl does not have {', '.join(unsupported)}")
+    _supported(fields, path, num_channels=(3,), hidden_act=ACTIVATIONS, drop_path_rate=(0.0, None))
     dinov2 = fields.model_type == "dinov2"
     swiglu = dinov2 and fields.use_swiglu_ffn
     mlp_width = int(fields.hidden_size * fields.mlp_ratio) if dinov2 else fields.intermediate_size
     if swiglu:  # two thirds, rounded up to a multiple of 8
         mlp_width = (int(mlp_width * 2 / 3) + 7) // 8 * 8
-    sizes = {name: getattr(fields, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")} | {
-        "mlp": mlp_width,
-        "patch_size": _side(fields.patch_size),
-        "image_size": _side(fields.image_size),
-    }
-    if wrong := [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]:
-        raise UserError(f"{path} is not a valid {fields.model_type} config: {', '.join(wrong)} must be whole numbers")
-    if fields.hidden_size % fields.num_attention_heads:
-        raise UserError(
-            f"{path}: hidden_size={fields.hidden_size} does not divide into {fields.num_attention_heads} heads"
-        )
+    _sound(fields, path, mlp=mlp_width, patch_size=_side(fields.patch_size), image_size=_side(fields.image_size))
     with_classifier = not dinov2 and any("ForImageClassification" in name for name in fields.architectures or ())
     return ViTConfig(
         family=fields.model_type,
@@ -89,6 +71,59 @@ def _vit(fields: Any, path: Path) -> ViTConfig:
         hidden_dropout=fields.hidden_dropout_prob,
         attention_dropout=fields.attention_probs_dropout_prob,
     )
+
+
+def _bert(fields: Any, path: Path) -> BertConfig:
+    _supported(
+        fields,
+        path,
+        hidden_act=ACTIVATIONS,
+        position_embedding_type=("absolute", None),
+        is_decoder=(False, None),
+        add_cross_attention=(False, None),
+    )
+    sizes = {
+        "vocab_size": fields.vocab_size,
+        "intermediate_size": fields.intermediate_size,
+        "max_position_embeddings": fields.max_position_embeddings,
+        "type_vocab_size": fields.type_vocab_size,
+    }
+    _sound(fields, path, **sizes)
+    return BertConfig(
+        family="bert",
+        vocabulary=fields.vocab_size,
+        width=fields.hidden_size,
+        depth=fields.num_hidden_layers,
+        heads=fields.num_attention_heads,
+        mlp_width=fields.intermediate_size,
+        positions=fields.max_position_embeddings,
+        token_types=fields.type_vocab_size,
+        activation=fields.hidden_act,
+        norm_epsilon=fields.layer_norm_eps,
+        hidden_dropout=fields.hidden_dropout_prob,
+        attention_dropout=fields.attention_probs_dropout_prob,
+    )
+
+
+_READERS = {"vit": _vit, "deit": _vit, "dinov2": _vit, "bert": _bert}
+
+
+def _supported(fields: Any, path: Path, **supported: Container[Any]) -> None:
+    """Raises UserError with every field whose value is not among those that jaxtl has; an absent one is None."""
+    values = {name: getattr(fields, name, None) for name in supported}
+    if wrong := [f"{name}={value!r}" for name, value in values.items() if value not in supported[name]]:
+        raise UserError(f"{path}: jaxtl does not have {', '.join(wrong)}")
+
+
+def _sound(fields: Any, path: Path, **sizes: Any) -> None:
+    """Raises UserError where a size is no whole number, or the width does not divide into heads."""
+    sizes |= {name: getattr(fields, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    if wrong := [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]:
+        raise UserError(f"{path} is not a valid {fields.model_type} config: {', '.join(wrong)} must be whole numbers")
+    if fields.hidden_size % fields.num_attention_heads:
+        raise UserError(
+            f"{path}: hidden_size={fields.hidden_size} does not divide into {fields.num_attention_heads} heads"
+        )
 
 
 def _side(size: Any) -> int:

@@ -24,7 +24,8 @@ def read(table: Table, source: Source, targets: Mapping[str, Any], where: str) -
     Args:
         table: rows for every target.
         source: the checkpoint, arrays by name.
-        targets: abstract parameters by path; every one is filled.
+        targets: abstract parameters by path; every one is filled, but those of a stage that the table calls optional
+            and of which the checkpoint has nothing.
         where: names the checkpoint in errors.
 
     Raises:
@@ -33,7 +34,10 @@ def read(table: Table, source: Source, targets: Mapping[str, Any], where: str) -
     """
     by_name = {_strip(name, table.prefixes): name for name in source.keys()}  # noqa: SIM118
     filled, missing, shapes, used = {}, [], [], set()
+    present = {row.stage for row in table.rows if any(name in by_name for name, _ in row.sources)}
     for row in table.rows:
+        if row.stage in table.optional and row.stage not in present:
+            continue
         found = next(((name, transform) for name, transform in row.sources if name in by_name), None)
         if found is None:
             missing.append(f"{row.path} (their {' or '.join(name for name, _ in row.sources)})")
@@ -66,22 +70,26 @@ def write(table: Table, params: Mapping[str, Any], prefix: str = "") -> dict[str
     Args:
         table: the rows to write.
         params: parameters by path; those that no row names (a head of ours) are left out.
-        prefix: put before the backbone's names, as in `vit.`; the classifier has none.
+        prefix: put before the backbone's names, as in `vit.`; stages that the table calls unprefixed have none.
     """
     written = {}
     for row in table.rows:
         name, transform = row.sources[0]
-        own = row.path.startswith("classifier/")
-        written[name if own else prefix + name] = np.ascontiguousarray(transform.write(np.asarray(params[row.path])))
+        written[name if row.stage in table.unprefixed else prefix + name] = np.ascontiguousarray(
+            transform.write(np.asarray(params[row.path]))
+        )
     return written
 
 
 def _grouped(lines: list[str]) -> list[str]:
-    """Returns the lines with those that differ in the number of a block alone made one: all are told, once."""
+    """Returns the lines with those that differ in the number of a layer alone made one: all are told, once."""
     groups: dict[str, list[str]] = {}
     for line in lines:
-        groups.setdefault(re.sub(r"(block_|layer\.)\d+", r"\1*", line), []).append(line)
-    return [same[0] if len(same) == 1 else f"{key} in {len(same)} blocks" for key, same in groups.items()]
+        groups.setdefault(re.sub(r"(block_|layer[_.])\d+", r"\1*", line), []).append(line)
+    return [
+        same[0] if len(same) == 1 else f"{key} in {len(same)} {'layers' if 'layer_*' in key else 'blocks'}"
+        for key, same in groups.items()
+    ]
 
 
 def _strip(name: str, prefixes: tuple[str, ...]) -> str:

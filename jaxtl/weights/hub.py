@@ -61,19 +61,28 @@ def fetch(repo_id: str) -> Path:
         UserError: not a repo id, no network and not in the cache, no such repo or no access to it, no weights in it,
             or no space left.
     """
-    if not is_repo_id(repo_id):
-        raise UserError(f"{repo_id!r} is neither a file or folder nor a Hugging Face repo id (org/name)")
-    try:
-        for names in _WEIGHTS:
-            folder = _snapshot(repo_id, [*_SIDE_FILES, *names])
-            if any((folder / name).is_file() for name in names):
-                return folder
-    # Beyond what the client documents: hf_xet, which moves large files, raises RuntimeError, and an answer that is
-    # not JSON, such as a login page in the way, ValueError.
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(_explain(repo_id, error)) from error
+    for names in _WEIGHTS:
+        folder = _fetch(repo_id, [*_SIDE_FILES, *names])
+        if any((folder / name).is_file() for name in names):
+            return folder
     wanted = " or ".join(names[0] for names in _WEIGHTS)
     raise UserError(f"{repo_id} has no {wanted}: its weights are in a format that jaxtl does not read")
+
+
+def fetch_description(repo_id: str) -> Path:
+    """Downloads config and tokenizer alone: enough to say what a run would be. Returns and raises as `fetch`."""
+    return _fetch(repo_id, list(_SIDE_FILES))
+
+
+def _fetch(repo_id: str, patterns: list[str]) -> Path:
+    if not is_repo_id(repo_id):
+        raise UserError(f"{repo_id!r} is neither a file or folder nor a Hugging Face repo id (org/name)")
+    # Beyond what the client documents: hf_xet, which moves large files, raises RuntimeError, and an answer that is
+    # not JSON, such as a login page in the way, ValueError.
+    try:
+        return _snapshot(repo_id, patterns)
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(_explain(repo_id, error)) from error
 
 
 def _snapshot(repo_id: str, patterns: list[str]) -> Path:

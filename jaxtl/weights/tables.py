@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from jaxtl.models.bert import BertConfig
 from jaxtl.models.presets import Config
 from jaxtl.models.vgg import VGGConfig
 from jaxtl.models.vit import ViTConfig
@@ -60,6 +61,11 @@ class Row:
     path: str
     sources: tuple[tuple[str, Transform], ...]
 
+    @property
+    def stage(self) -> str:
+        """The stage that the parameter belongs to."""
+        return self.path.partition("/")[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -68,18 +74,20 @@ class Table:
     Attributes:
         prefixes: what may stand before a source name.
         ignored: regular expressions of source names that are known and not used.
+        unprefixed: stages whose names `transformers` writes without the prefix.
+        optional: stages that a checkpoint may lack as a whole.
     """
 
     rows: tuple[Row, ...]
     prefixes: tuple[str, ...]
-    ignored: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    unprefixed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
-def table(config: Config, *, with_classifier: bool) -> Table:
-    """Returns the table of a backbone with or without its pretrained classifier."""
-    if isinstance(config, VGGConfig):
-        return _vgg(config, with_classifier)
-    return _vit(config, with_classifier)
+def table(config: Config, *, top: str | None) -> Table:
+    """Returns the table of a backbone with what is kept of its pretrained top, see `presets.backbone`."""
+    return {ViTConfig: _vit, VGGConfig: _vgg, BertConfig: _bert}[type(config)](config, top)
 
 
 # --- ViT, DeiT, DINOv2: the names of Hugging Face's repositories -------------------------------------------
@@ -113,7 +121,7 @@ _CLASSIFIERS = {
 }
 
 
-def _vit(config: ViTConfig, with_classifier: bool) -> Table:
+def _vit(config: ViTConfig, top: str | None) -> Table:
     dinov2 = config.family == "dinov2"
     mlp = _VIT_BLOCK if not dinov2 else _DINOV2_GIANT_BLOCK if config.swiglu else _DINOV2_BLOCK
     norms = _DINOV2_NORMS if dinov2 else _VIT_NORMS
@@ -137,23 +145,94 @@ def _vit(config: ViTConfig, with_classifier: bool) -> Table:
                     yield f"{ours}{path}", f"{theirs}{name}", SAME
         yield "norm/scale", "layernorm.weight", SAME
         yield "norm/bias", "layernorm.bias", SAME
-        if with_classifier:
+        if top == "classifier":
             for path, name in classifiers:
                 yield f"{path}/kernel", f"{name}.weight", DENSE
                 yield f"{path}/bias", f"{name}.bias", SAME
 
     # The mask token serves pretraining only; the pooler is no part of the published classifiers.
     ignored = [r"embeddings\.mask_token", r"pooler\..*"]
-    if not with_classifier:
+    if top != "classifier":
         ignored += [re.escape(name) + r"\..*" for _, name in classifiers]
     rows = tuple(Row(path, ((name, transform),)) for path, name, transform in pairs())
-    return Table(rows, (f"{config.family}.",), tuple(ignored))
+    return Table(rows, (f"{config.family}.",), tuple(ignored), unprefixed=("classifier",))
+
+
+# --- BERT: the names of Hugging Face's repositories; those converted early have gamma and beta in the norms ----------
+
+_BERT_EMBEDDINGS = (
+    ("embeddings/word", "embeddings.word_embeddings.weight"),
+    ("embeddings/position", "embeddings.position_embeddings.weight"),
+    ("embeddings/token_type", "embeddings.token_type_embeddings.weight"),
+)
+_BERT_LAYER = (
+    ("attention/query", "attention.self.query"),
+    ("attention/key", "attention.self.key"),
+    ("attention/value", "attention.self.value"),
+    ("attention/output", "attention.output.dense"),
+    ("mlp/fc1", "intermediate.dense"),
+    ("mlp/fc2", "output.dense"),
+)
+_BERT_NORMS = (("norm1", "attention.output.LayerNorm"), ("norm2", "output.LayerNorm"))
+_BERT_MLM_BIAS = ("cls.predictions.bias", "cls.predictions.decoder.bias")
+
+
+def _bert(config: BertConfig, top: str | None) -> Table:
+    def dense(path: str, name: str) -> Iterator[Row]:
+        yield Row(f"{path}/kernel", ((f"{name}.weight", DENSE),))
+        yield Row(f"{path}/bias", ((f"{name}.bias", SAME),))
+
+    def norm(path: str, name: str) -> Iterator[Row]:
+        yield Row(f"{path}/scale", ((f"{name}.weight", SAME), (f"{name}.gamma", SAME)))
+        yield Row(f"{path}/bias", ((f"{name}.bias", SAME), (f"{name}.beta", SAME)))
+
+    def rows() -> Iterator[Row]:
+        yield from (Row(path, ((name, SAME),)) for path, name in _BERT_EMBEDDINGS)
+        yield from norm("embeddings/norm", "embeddings.LayerNorm")
+        for j in range(config.depth):
+            ours, theirs = f"layer_{j + 1}/", f"encoder.layer.{j}."
+            for path, name in _BERT_LAYER:
+                yield from dense(ours + path, theirs + name)
+            for path, name in _BERT_NORMS:
+                yield from norm(ours + path, theirs + name)
+        if top == "pooler":
+            yield from dense("pooler/dense", "pooler.dense")
+        if top == "mlm":
+            yield from dense("mlm/dense", "cls.predictions.transform.dense")
+            yield from norm("mlm/norm", "cls.predictions.transform.LayerNorm")
+            yield Row("mlm/bias", tuple((name, SAME) for name in _BERT_MLM_BIAS))
+
+    # The decoder is the embedding of words; the next sentence, and heads of fine-tuned models, are not predicted here.
+    ignored = [r"embeddings\.position_ids", r"cls\.predictions\.decoder\..*", r"cls\.seq_relationship\..*"]
+    ignored += [r"(classifier|qa_outputs)\..*"]
+    ignored += [names for stage, names in (("pooler", r"pooler\..*"), ("mlm", r"cls\..*")) if stage != top]
+    return Table(tuple(rows()), ("bert.",), tuple(ignored), unprefixed=("mlm",), optional=("pooler", "mlm"))
+
+
+# --- GRU: torch.nn.GRU, one layer, both directions -----------------------------------------------------------
+
+
+def gru() -> Table:
+    """Returns the table of the `bigru` head's recurrent part; its output layer has no row."""
+    parameters = (
+        ("input_kernel", "weight_ih_l0", DENSE),
+        ("input_bias", "bias_ih_l0", SAME),
+        ("recurrent_kernel", "weight_hh_l0", DENSE),
+        ("recurrent_bias", "bias_hh_l0", SAME),
+    )
+    directions = (("head/forward", ""), ("head/backward", "_reverse"))
+    rows = tuple(
+        Row(f"{direction}/{path}", ((name + suffix, transform),))
+        for direction, suffix in directions
+        for path, name, transform in parameters
+    )
+    return Table(rows, ())
 
 
 # --- VGG19: torchvision's names, and timm's ----------------------------------------------------------------
 
 
-def _vgg(config: VGGConfig, with_classifier: bool) -> Table:
+def _vgg(config: VGGConfig, top: str | None) -> Table:
     rows = []
     index, block = 0, "block1"
     for stage, _, _ in config.convolutions():
@@ -168,7 +247,7 @@ def _vgg(config: VGGConfig, with_classifier: bool) -> Table:
         ("fc2", "classifier.3", DENSE, "pre_logits.fc2", _unfolded(config.hidden)),
         ("predictions", "classifier.6", DENSE, "head.fc", DENSE),
     )
-    if with_classifier:
+    if top == "classifier":
         for stage, torchvision, read_torchvision, timm, read_timm in classifier:
             rows.append(
                 Row(
@@ -177,5 +256,5 @@ def _vgg(config: VGGConfig, with_classifier: bool) -> Table:
                 )
             )
             rows.append(Row(f"{stage}/bias", ((f"{torchvision}.bias", SAME), (f"{timm}.bias", SAME))))
-    ignored = () if with_classifier else (r"classifier\..*", r"pre_logits\..*", r"head\.fc\..*")
+    ignored = () if top == "classifier" else (r"classifier\..*", r"pre_logits\..*", r"head\.fc\..*")
     return Table(tuple(rows), (), ignored)

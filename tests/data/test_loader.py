@@ -8,20 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtl.data import loader
-from jaxtl.data.sources import ImageSet
+from jaxtl.data.listing import Examples, Ragged
 from jaxtl.errors import UserError
 
 
-def image_set(n: int) -> ImageSet:
+def examples(n: int) -> Examples:
     """Example i has the label i and pixels of value i."""
     labels = np.arange(n, dtype=np.int32)
     pixels = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (n, 2, 3, 3))
-    return ImageSet(pixels, labels, tuple(map(str, labels)), tuple(map(str, labels)))
+    return Examples(pixels, labels, tuple(map(str, labels)), tuple(map(str, labels)))
 
 
 def epoch_orders(n: int, batch_size: int, seed: int | None, epochs: int, shard=(0, 1)) -> np.ndarray:
     """Returns the index column, `[epochs, steps, rows]`."""
-    rows = [batch["index"] for batch in loader.batches(image_set(n), batch_size, seed=seed, epochs=epochs, shard=shard)]
+    rows = [batch["index"] for batch in loader.batches(examples(n), batch_size, seed=seed, epochs=epochs, shard=shard)]
     return np.array(rows).reshape(epochs, loader.steps_per_epoch(n, batch_size), -1)
 
 
@@ -41,33 +41,37 @@ def test_every_example_comes_exactly_once_an_epoch(n, rows, shards, seed, epochs
     # Side by side, the shards are the unsharded batches.
     assert np.array_equal(together, epoch_orders(n, batch_size, seed, epochs))
     for epoch in together:
-        flat = epoch.ravel()
-        assert sorted(flat[:n]) == list(range(n))
-        assert (flat[n:] == -1).all()  # the padding is at the end of the epoch
+        assert sorted(epoch[epoch >= 0]) == list(range(n))
+        short = [batch for batch in epoch if (batch < 0).any()]
+        assert len(short) == (n % batch_size > 0)
+        for batch in short:  # filled up at its end
+            assert (batch[: n % batch_size] >= 0).all()
         if seed is None:
-            assert flat[:n].tolist() == list(range(n))
+            assert epoch[epoch >= 0].tolist() == list(range(n))
 
 
 def test_every_batch_has_one_shape_and_its_own_pixels():
-    taken = list(loader.batches(image_set(10), 4, seed=1, epochs=2))
+    taken = list(loader.batches(examples(10), 4, seed=1, epochs=2))
     assert len(taken) == 6 == 2 * loader.steps_per_epoch(10, 4)
     for batch in taken:
         assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
-            "image": ((4, 2, 3, 3), np.uint8),
+            "input": ((4, 2, 3, 3), np.uint8),
             "label": ((4,), np.int32),
             "weight": ((4,), np.float32),
             "index": ((4,), np.int32),
         }
         real = batch["index"] >= 0
         assert np.array_equal(batch["weight"], real)
-        assert np.array_equal(batch["label"], np.where(real, batch["index"], 0))
-        assert np.array_equal(batch["image"][:, 1, 2, 0], batch["label"])
-    assert [batch["weight"].sum() for batch in taken] == [4, 4, 2, 4, 4, 2]
+        assert np.array_equal(batch["label"], np.where(real, batch["index"], batch["index"][0]))
+        assert np.array_equal(batch["input"][:, 1, 2, 0], batch["label"])
+    for epoch in (taken[:3], taken[3:]):
+        assert sorted(batch["weight"].sum() for batch in epoch) == [2, 4, 4]
 
 
 def test_a_batch_larger_than_the_data_set_is_filled_up():
-    (batch,) = loader.batches(image_set(3), 8, seed=0)
+    (batch,) = loader.batches(examples(3), 8, seed=0)
     assert sorted(batch["index"][:3]) == [0, 1, 2]
+    assert (batch["index"][3:] == -1).all()
     assert batch["weight"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
@@ -86,7 +90,7 @@ def test_more_epochs_continue_the_same_order():
 @pytest.mark.parametrize("taken", [0, 2, 5, 9])
 def test_the_saved_state_continues_identically_in_the_middle_of_an_epoch(taken):
     def fresh():
-        return loader.batches(image_set(22), 5, seed=9, epochs=2)
+        return loader.batches(examples(22), 5, seed=9, epochs=2)
 
     first = fresh()
     for _ in range(taken):
@@ -105,17 +109,67 @@ def test_the_saved_state_continues_identically_in_the_middle_of_an_epoch(taken):
 def test_memory_mapped_images_come_as_plain_arrays(tmp_path):
     pixels = np.memmap(tmp_path / "pixels", np.uint8, "w+", shape=(6, 2, 2, 3))
     pixels[:] = np.arange(6, dtype=np.uint8)[:, None, None, None]
-    dataset = ImageSet(pixels, np.arange(6, dtype=np.int32), ("a",) * 6, ("i",) * 6)
+    dataset = Examples(pixels, np.arange(6, dtype=np.int32), ("a",) * 6, ("i",) * 6)
     batch = next(loader.batches(dataset, 4, seed=0))
-    assert type(batch["image"]) is np.ndarray
-    assert np.array_equal(batch["image"][:, 0, 0, 0], batch["index"])
+    assert type(batch["input"]) is np.ndarray
+    assert np.array_equal(batch["input"][:, 0, 0, 0], batch["index"])
 
 
 def test_a_batch_that_the_processes_cannot_share_is_an_error():
     with pytest.raises(UserError, match="64 cannot be divided among 3"):
-        loader.batches(image_set(100), 64, seed=0, shard=(0, 3))
+        loader.batches(examples(100), 64, seed=0, shard=(0, 3))
 
 
 @pytest.mark.parametrize(("n", "batch_size", "steps"), [(5000, 64, 79), (64, 64, 1), (65, 64, 2), (1, 64, 1)])
 def test_steps_per_epoch_counts_the_padded_batch(n, batch_size, steps):
     assert loader.steps_per_epoch(n, batch_size) == steps
+
+
+def texts(lengths: list[int]) -> Examples:
+    """Example i is its number, as often as it is long."""
+    values = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    labels = np.arange(len(lengths), dtype=np.int32)
+    names = tuple(map(str, labels))
+    return Examples(Ragged(values, np.concatenate([[0], np.cumsum(lengths)])), labels, names, names)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 32), min_size=1, max_size=60),
+    batch_size=st.integers(1, 9),
+    seed=st.none() | st.integers(0, 2**32 - 1),
+)
+def test_every_text_comes_whole_exactly_once_in_one_of_the_shapes(lengths, batch_size, seed):
+    seen = []
+    for batch in loader.batches(texts(lengths), batch_size, seed=seed, lengths=(8, 16, 32)):
+        values, found, positions = batch["input"]
+        assert positions is None
+        assert values.shape in {(batch_size, length) for length in (8, 16, 32)}
+        for row, length, index in zip(values, found, batch["index"], strict=True):
+            assert length >= 1  # attention needs a token, in rows that fill up too
+            if index >= 0:
+                assert length == lengths[index]
+                assert (row[:length] == index).all()
+                assert (row[length:] == 0).all()
+                seen.append(int(index))
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_texts_in_the_middle_of_an_epoch_continue_identically():
+    def fresh():
+        return loader.batches(texts(list(range(1, 33))), 5, seed=9, epochs=2, lengths=(8, 32))
+
+    first = fresh()
+    for _ in range(9):
+        next(first)
+    resumed = fresh()
+    resumed.set_state(json.loads(json.dumps(first.get_state())))
+    for one, other in zip(first, resumed, strict=True):
+        assert np.array_equal(one["input"].values, other["input"].values)
+        assert np.array_equal(one["index"], other["index"])
+
+
+def test_shards_of_a_batch_of_texts_have_the_same_length():
+    sets = [list(loader.batches(texts([3, 30, 4, 5]), 2, seed=1, lengths=(8, 32), shard=(i, 2))) for i in range(2)]
+    for one, other in zip(*sets, strict=True):
+        assert one["input"].values.shape == other["input"].values.shape

@@ -20,7 +20,7 @@ COLOURS = {"ant": (200, 0, 0), "bee": (0, 200, 0), "cat": (0, 0, 200)}
 
 
 def load(size=32, **fields):
-    return sources.load(config.Data(**fields), size)
+    return sources.load(config.Images(**fields), size)
 
 
 def write_images(folder: Path, classes: dict[str, int], size=(8, 8), suffix=".png") -> Path:
@@ -95,12 +95,12 @@ def test_a_folder_with_two_splits_gives_sorted_classes_and_the_right_pixels(fold
     train, held_out = load(dir=str(folder))
     for images, count, split in ((train, 10, "train"), (held_out, 4, "val")):
         assert images.class_names == ("ant", "bee")
-        assert images.images.shape == (2 * count, 8, 8, 3)
-        assert images.images.dtype == np.uint8
+        assert images.inputs.shape == (2 * count, 8, 8, 3)
+        assert images.inputs.dtype == np.uint8
         assert images.labels.dtype == np.int32
         assert images.labels.tolist() == [0] * count + [1] * count
         assert images.ids[0] == f"{split}/ant/000.png"
-        for pixels, label in zip(images.images, images.labels, strict=True):
+        for pixels, label in zip(images.inputs, images.labels, strict=True):
             assert (pixels == COLOURS[images.class_names[label]]).all()
 
 
@@ -274,7 +274,7 @@ def decoded(tmp_path, save, others=(8, 8), **fields):
     save(tmp_path / "train" / "ant" / "x")
     train, _ = load(dir=str(tmp_path), **fields)
     (row,) = (row for row, name in enumerate(train.ids) if "/x." in name)
-    return train.images[row].astype(int)
+    return train.inputs[row].astype(int)
 
 
 def test_images_are_turned_upright(tmp_path):
@@ -350,7 +350,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, save, colour, tolerance):
 
 def test_one_small_size_is_kept_and_anything_else_is_resized(folder):
     def shapes(size):
-        return [images.images.shape[1:3] for images in load(size, dir=str(folder))]
+        return [images.inputs.shape[1:3] for images in load(size, dir=str(folder))]
 
     assert shapes(32) == [(8, 8)] * 2
     assert shapes(8) == [(8, 8)] * 2
@@ -399,8 +399,8 @@ def test_large_sets_are_decoded_into_an_unlinked_file(folder, tmp_path_factory, 
     monkeypatch.setattr(decode.tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(decode, "_MEMORY_LIMIT", 100)
     mapped, _ = load(dir=str(folder))
-    assert isinstance(mapped.images, np.memmap)
-    assert np.array_equal(mapped.images, in_memory.images)
+    assert isinstance(mapped.inputs, np.memmap)
+    assert np.array_equal(mapped.inputs, in_memory.inputs)
     assert not list(temporary.iterdir())
 
 
@@ -422,7 +422,7 @@ def test_progress_is_shown_for_every_image(folder):
         seen.append((description, total, len(items)))
         return items
 
-    sources.load(config.Data(dir=str(folder)), 32, track)
+    sources.load(config.Images(dir=str(folder)), 32, track)
     assert seen == [("decoding training images", 20, 20), ("decoding evaluation images", 8, 8)]
 
 
@@ -434,10 +434,10 @@ def test_digits_are_the_8x8_images_of_scikit_learn():
     assert train.class_names == tuple("0123456789")
     assert len(train.ids) + len(held_out.ids) == 1797
     assert len(held_out.ids) == 359  # a fifth
-    assert train.images.shape[1:] == (8, 8, 3)
-    assert train.images.max() == 255  # 16
-    assert 128 in train.images  # 8 * 255 / 16 = 127.5, to even
-    assert (train.images[..., 0] == train.images[..., 2]).all()
+    assert train.inputs.shape[1:] == (8, 8, 3)
+    assert train.inputs.max() == 255  # 16
+    assert 128 in train.inputs  # 8 * 255 / 16 = 127.5, to even
+    assert (train.inputs[..., 0] == train.inputs[..., 2]).all()
 
 
 def test_a_balanced_source_gives_a_balanced_subset(tmp_path):
@@ -450,7 +450,7 @@ def test_a_balanced_source_gives_a_balanced_subset(tmp_path):
     again, other = load(**fields), load(**fields, subset_seed=7)
     assert again[0].ids == train.ids
     assert other[0].ids != train.ids
-    assert (again[0].images == train.images).all()
+    assert (again[0].inputs == train.inputs).all()
 
 
 @pytest.mark.parametrize("size", [None, 20])
@@ -493,8 +493,8 @@ def test_a_prepared_data_set_is_found_and_read(tmp_path):
     for fields in ({}, {"name": "shapes"}, {"name": "shapes:1.0.0"}, {"source": "tfds", "name": "shapes"}):
         train, held_out = load(dir=str(tmp_path), **fields)
         assert train.class_names == ("circle", "square")
-        assert train.images.shape == (24, 6, 6, 3)
-        assert (train.images == np.arange(24)[:, None, None, None]).all()  # grey level i for image i
+        assert train.inputs.shape == (24, 6, 6, 3)
+        assert (train.inputs == np.arange(24)[:, None, None, None]).all()  # grey level i for image i
         assert train.labels.tolist() == [0, 1] * 12
         assert train.ids[3] == "train:3"
         assert held_out.ids == tuple(f"test:{i}" for i in range(8))
@@ -510,13 +510,13 @@ def test_only_the_images_drawn_are_decoded(tmp_path, monkeypatch):
     assert len(opened) == 4 + 2 + 1  # one to learn the size
     for images in (train, held_out):
         rows = [int(name.split(":")[1]) for name in images.ids]
-        assert images.images[:, 0, 0, 0].tolist() == rows
+        assert images.inputs[:, 0, 0, 0].tolist() == rows
 
 
 def test_grey_images_get_three_channels(tmp_path):
     write_tfds(tmp_path, mode="L")
     train, _ = load(dir=str(tmp_path))
-    assert (train.images == np.arange(24)[:, None, None, None]).all()
+    assert (train.inputs == np.arange(24)[:, None, None, None]).all()
 
 
 def test_configs_and_versions_are_found(tmp_path):
@@ -547,7 +547,7 @@ def test_slices_of_splits_are_splits(tmp_path):
     write_tfds(tmp_path)
     train, held_out = load(dir=str(tmp_path), train_split="train[:50%]", eval_split="train[50%:]")
     assert (len(train.ids), len(held_out.ids)) == (12, 12)
-    assert held_out.images[0, 0, 0, 0] == 12
+    assert held_out.inputs[0, 0, 0, 0] == 12
 
 
 @pytest.mark.parametrize(
@@ -644,7 +644,7 @@ def test_loading_imports_no_tensorflow_and_prints_nothing(tmp_path):
     write_tfds(tmp_path)
     code = (
         "import sys; from jaxtl import config; from jaxtl.data import sources;"
-        f"sources.load(config.Data(dir={str(tmp_path)!r}), 32);"
+        f"sources.load(config.Images(dir={str(tmp_path)!r}), 32);"
         "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -655,5 +655,5 @@ def test_cifar10_gives_500_training_and_100_held_out_images_of_each_class(cifar1
     train, held_out = load(224, dir=str(cifar10), name="cifar10", train_size=5000, eval_size=1000)
     assert np.bincount(train.labels).tolist() == [500] * 10
     assert np.bincount(held_out.labels).tolist() == [100] * 10
-    assert train.images.shape == (5000, 32, 32, 3)
+    assert train.inputs.shape == (5000, 32, 32, 3)
     assert train.class_names[3] == "cat"

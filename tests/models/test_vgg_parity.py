@@ -52,13 +52,13 @@ def timm_names(state):
     return renamed
 
 
-def port(with_classifier):
+def port(top):
     config = presets.PRESETS["vgg19"]
 
     def build(rngs):
-        return presets.backbone(config, with_classifier=with_classifier, dtype=jnp.float32, rngs=rngs)
+        return presets.backbone(config, top=top, dtype=jnp.float32, rngs=rngs)
 
-    return tables.table(config, with_classifier=with_classifier), *stages.abstract(build)
+    return tables.table(config, top=top), *stages.abstract(build)
 
 
 def close(ours, theirs, worst, what):
@@ -73,7 +73,7 @@ def close(ours, theirs, worst, what):
 def test_vgg19_equals_torch_at_every_stage_in_logits_and_gradients(tmp_path):
     model = reference_vgg19(1000)
     torch.save(model.state_dict(), tmp_path / "vgg19.pth")
-    table, structure, targets, names = port(with_classifier=True)
+    table, structure, targets, names = port(top="classifier")
     params = convert.read(table, files.Checkpoint(tmp_path / "vgg19.pth"), targets, "torchvision")
     images = np.random.default_rng(0).random((1, 224, 224, 3)).astype(np.float32)
 
@@ -109,7 +109,7 @@ def test_vgg19_equals_torch_at_every_stage_in_logits_and_gradients(tmp_path):
 @pytest.mark.slow
 def test_timm_and_torchvision_layouts_give_the_same_parameters_and_export_restores_them():
     state = {name: value.numpy() for name, value in reference_vgg19(10).state_dict().items()}
-    table, _, targets, _ = port(with_classifier=True)
+    table, _, targets, _ = port(top="classifier")
     targets |= {
         path: jax.ShapeDtypeStruct((*leaf.shape[:-1], 10), leaf.dtype)
         for path, leaf in targets.items()
@@ -125,7 +125,7 @@ def test_timm_and_torchvision_layouts_give_the_same_parameters_and_export_restor
     for name, value in state.items():
         np.testing.assert_array_equal(written[name], value, name)
     # Without the classifier, its arrays are left aside by name, in both layouts.
-    table, _, targets, _ = port(with_classifier=False)
+    table, _, targets, _ = port(top=None)
     for layout in (state, timm_names(state)):
         features = convert.read(table, layout, targets, "features only")
         assert sum(value.size for value in features.values()) == 20_024_384

@@ -37,13 +37,13 @@ def randomize(model):
 def read(folder):
     """Reads a folder in Hugging Face's layout through our own config and weight tables."""
     config = configs.read_config(folder)
-    with_classifier = config.classes is not None
+    top = "classifier" if config.classes else None
 
     def build(rngs):
-        return presets.backbone(config, with_classifier=with_classifier, dtype=jnp.float32, rngs=rngs)
+        return presets.backbone(config, top=top, dtype=jnp.float32, rngs=rngs)
 
     structure, targets, names = stages.abstract(build)
-    table = tables.table(config, with_classifier=with_classifier)
+    table = tables.table(config, top=top)
     params = convert.read(table, files.Checkpoint(folder), targets, str(folder))
     return structure, {path: jnp.asarray(value) for path, value in params.items()}, names
 
@@ -178,7 +178,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_parameters():
         config = presets.PRESETS["vit_nano_patch2_8"]
 
         def build(rngs):
-            return presets.backbone(config, with_classifier=False, dtype=jnp.dtype(dtype), rngs=rngs)
+            return presets.backbone(config, top=None, dtype=jnp.dtype(dtype), rngs=rngs)
 
         structure, targets, _ = stages.abstract(build)
         assert {str(leaf.dtype) for leaf in targets.values()} == {"float32"}
@@ -197,7 +197,7 @@ def test_norm_and_softmax_are_computed_in_float32_under_bfloat16():
     config = presets.PRESETS["vit_nano_patch2_8"]
 
     def build(rngs):
-        return presets.backbone(config, with_classifier=True, dtype=jnp.dtype("bfloat16"), rngs=rngs)
+        return presets.backbone(config, top="classifier", dtype=jnp.dtype("bfloat16"), rngs=rngs)
 
     config = dataclasses.replace(config, classes=10)
     structure, targets, _ = stages.abstract(build)

@@ -14,7 +14,7 @@ from jaxtl.training.run import finished
 
 BASE = config.Experiment(
     model=config.Model("vit_nano_patch2_8", image_size=8, head=config.Head("mlp", "cls", hidden=32, dropout=0.5)),
-    data=config.Data(source="digits", train_size=100, eval_size=50),
+    data=config.Images(source="digits", train_size=100, eval_size=50),
     freeze=freeze.train_from("block_3"),
     optim=config.Optim("adamw", learning_rate=1e-3, weight_decay=0.1),
     train=config.Train(epochs=2, batch_size=32, eval_batch_size=32, log_every=2),
@@ -103,16 +103,19 @@ def test_nothing_is_compiled_once_the_first_step_has_been_sent(tmp_path, monkeyp
         lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
     counts = []
-    for name in ("_run_steps", "_evaluate"):
-        real = getattr(loop, name)
 
-        def counted(*arguments, real=real):
+    def counted(function):
+        def call(*arguments):
             before = len(compiled)
-            result = real(*arguments)
+            result = function(*arguments)
             counts.append(len(compiled) - before)
             return result
 
-        monkeypatch.setattr(loop, name, counted)
+        return call
+
+    make = loop.evaluator
+    monkeypatch.setattr(loop, "_run_steps", counted(loop._run_steps))
+    monkeypatch.setattr(loop, "evaluator", lambda *arguments: counted(make(*arguments)))
     loop.train(change(BASE, "plan.cache=off"), tmp_path / "run")
     assert compiled  # the listener hears
     assert counts == [0, 0, 0, 0]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtl import config
-from jaxtl.training import freeze, plan
+from jaxtl.models.stages import Sequence
+from jaxtl.training import cache, freeze, plan
 from jaxtl.training.setup import describe
 
 STAGES = ("conv1", "pool1", "conv2", "head")
@@ -28,19 +29,22 @@ def test_boundary_is_the_last_of_the_leading_stages_in_which_nothing_learns(rule
 
 
 def experiment(**settings):
-    return config.Experiment(config.Model("vgg19"), config.Data(), plan=config.Plan(**settings))
+    return config.Experiment(config.Model("vgg19"), config.Images(), plan=config.Plan(**settings))
 
 
-ACTIVATIONS = jax.ShapeDtypeStruct((197, 768), jnp.bfloat16)
+BYTES = 1_000 * 197 * 768 * 2
 
 
 def decide(passes=2.0, boundary="block_11", augment="none", **settings):
     chosen = config.override(experiment(**settings), [f"data.augment={augment}"])
-    return plan.make(chosen, boundary, ACTIVATIONS if boundary else None, 1_000, passes)
+    return plan.make(chosen, boundary, BYTES if boundary else 0, passes)
 
 
 def test_activations_take_what_arithmetic_says():
-    assert decide().cache_bytes == 1_000 * 197 * 768 * 2
+    tokens = jax.ShapeDtypeStruct((1, 197, 768), jnp.bfloat16)
+    assert cache.size(tokens, 1_000, 0) == BYTES
+    text = Sequence(jax.ShapeDtypeStruct((1, 128, 384), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))
+    assert cache.size(text, 10, 512) == 512 * 384 * 4  # no padding
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,15 @@ SIZE, WIDTH, DEPTH, TOKENS, CLASSES, BATCH = 8, 64, 4, 17, 10, 4
 def nano(rules, **optimizer):
     return config.Experiment(
         model=config.Model("vit_nano_patch2_8", image_size=SIZE, head=config.Head("mlp", "cls", hidden=32)),
-        data=config.Data(source="digits"),
+        data=config.Images(source="digits"),
         freeze=rules,
         optim=config.Optim(**optimizer),
     )
 
 
-def prepare(raw, key):
+def prepare(batch, key):
     del key
-    return raw.astype(jnp.float32) / 255
+    return {**batch, "input": batch["input"].astype(jnp.float32) / 255}
 
 
 def make(experiment, start=None):
@@ -45,7 +45,7 @@ def make(experiment, start=None):
 def batch(seed=0):
     random = np.random.default_rng(seed)
     return {
-        "image": jnp.asarray(random.integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8)),
+        "input": jnp.asarray(random.integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8)),
         "label": jnp.asarray(random.integers(0, CLASSES, BATCH), jnp.int32),
         "weight": jnp.ones(BATCH, jnp.float32),
     }
@@ -85,7 +85,7 @@ def test_padding_rows_change_neither_loss_nor_gradient():
     )
     padded = batch()
     padded = {**padded, "weight": jnp.array([1.0, 1.0, 0.0, 0.0])}
-    garbage = {**padded, "image": padded["image"].at[2:].set(255), "label": padded["label"].at[2:].set(0)}
+    garbage = {**padded, "input": padded["input"].at[2:].set(255), "label": padded["label"].at[2:].set(0)}
     results = []
     for data in (padded, garbage):
         _, train_step, state, frozen = make(experiment)
@@ -162,12 +162,12 @@ def test_last_block_step_of_dinov2_costs_one_forward_pass_and_the_backward_pass_
     this = describe(experiment, None, CLASSES, 64, 64)
     optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), 10)
     train_step = step.train_step(
-        this.net.structure, optimizer, lambda raw, key: raw, freeze.frozen_stages(this.labels, this.net.stages)
+        this.net.structure, optimizer, step.unchanged, freeze.frozen_stages(this.labels, this.net.stages)
     )
     params, frozen = freeze.partition(this.net.params, this.labels)
     state = jax.eval_shape(lambda params: step.TrainState.create(params, optimizer), params)
     abstract = {
-        "image": jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.float32),
+        "input": jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
         "weight": jax.ShapeDtypeStruct((BATCH,), jnp.float32),
     }

@@ -1,5 +1,6 @@
 """Tables and converter: both directions, and one message for everything that does not fit."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ from jaxtl.errors import UserError
 from jaxtl.models import presets, stages
 from jaxtl.weights import configs, convert, tables
 
+TOPS = {
+    "vgg": lambda config: ["classifier"],
+    "bert": lambda config: ["pooler", "mlm"],
+    **dict.fromkeys(("vit", "deit", "dinov2"), lambda config: ["classifier"] if config.classes else []),
+}
 NANO = presets.PRESETS["vit_nano_patch2_8"]
 
 
-def abstract(config, with_classifier=False):
-    _, params, _ = stages.abstract(
-        lambda rngs: presets.backbone(config, with_classifier=with_classifier, dtype=jnp.float32, rngs=rngs)
-    )
+def abstract(config, top=None):
+    _, params, _ = stages.abstract(lambda rngs: presets.backbone(config, top=top, dtype=jnp.float32, rngs=rngs))
     return params
 
 
@@ -25,12 +29,20 @@ def values(targets):
     return {path: random.standard_normal(leaf.shape).astype(np.float32) for path, leaf in targets.items()}
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_nano_patch2_8", "dinov2_small"])
-def test_writing_and_reading_again_gives_the_same_parameters(name):
+@pytest.mark.parametrize(
+    ("name", "top"),
+    [
+        ("deit_tiny_distilled_patch16_224", "classifier"),
+        ("vit_nano_patch2_8", None),
+        ("dinov2_small", None),
+        ("bert_nano", "pooler"),
+        ("bert_nano", "mlm"),
+    ],
+)
+def test_writing_and_reading_again_gives_the_same_parameters(name, top):
     config = presets.PRESETS[name]
-    with_classifier = config.classes is not None
-    targets = abstract(config, with_classifier)
-    table = tables.table(config, with_classifier=with_classifier)
+    targets = abstract(config, top)
+    table = tables.table(config, top=top)
     params = values(targets)
     written = convert.write(table, params, prefix=f"{config.family}.")
     assert len(written) == len(params)
@@ -39,14 +51,15 @@ def test_writing_and_reading_again_gives_the_same_parameters(name):
 
 
 def test_every_parameter_of_every_preset_has_a_row_and_every_row_a_parameter():
-    for name, config in presets.PRESETS.items():
-        for with_classifier in {False, config.classes is not None}:
-            rows = [row.path for row in tables.table(config, with_classifier=with_classifier).rows]
-            assert sorted(rows) == sorted(abstract(config, with_classifier)), name
+    different = {config: name for name, config in presets.PRESETS.items()}
+    for config, name in different.items():
+        for top in (None, *TOPS[config.family](config)):
+            rows = [row.path for row in tables.table(config, top=top).rows]
+            assert sorted(rows) == sorted(abstract(config, top)), name
 
 
 def test_all_mismatches_are_told_in_one_message():
-    table, targets = tables.table(NANO, with_classifier=False), abstract(NANO)
+    table, targets = tables.table(NANO, top=None), abstract(NANO)
     source = convert.write(table, values(targets))
     del source["layernorm.weight"]
     source["embeddings.cls_token"] = source["embeddings.cls_token"][..., :-1]
@@ -64,7 +77,7 @@ def test_all_mismatches_are_told_in_one_message():
 
 
 def test_mismatch_of_every_block_is_told_once():
-    table, targets = tables.table(NANO, with_classifier=False), abstract(NANO)
+    table, targets = tables.table(NANO, top=None), abstract(NANO)
     source = convert.write(table, values(targets))
     source = {name: value for name, value in source.items() if not name.endswith("output.dense.bias")}
     with pytest.raises(UserError) as error:
@@ -75,7 +88,7 @@ def test_mismatch_of_every_block_is_told_once():
 
 
 def test_pooler_mask_token_and_unread_classifier_are_left_aside_by_name():
-    table, targets = tables.table(NANO, with_classifier=False), abstract(NANO)
+    table, targets = tables.table(NANO, top=None), abstract(NANO)
     source = convert.write(table, values(targets), prefix="vit.")
     source |= {name: np.zeros(1, np.float32) for name in ("pooler.dense.weight", "classifier.bias")}
     source["vit.embeddings.mask_token"] = np.zeros((1, 1, 64), np.float32)
@@ -96,6 +109,14 @@ def test_pooler_mask_token_and_unread_classifier_are_left_aside_by_name():
         ('{"model_type": "vit", "hidden_size": "wide"}', "not a valid vit config"),
         ('{"model_type": "vit", "patch_size": 0}', "patch_size=0 must be whole numbers"),
         ('{"model_type": "vit", "num_attention_heads": 7}', "does not divide into 7 heads"),
+        (
+            '{"model_type": "bert", "position_embedding_type": "relative_key"}',
+            "does not have position_embedding_type='relative_key'",
+        ),
+        ('{"model_type": "bert", "is_decoder": true}', "does not have is_decoder=True"),
+        ('{"model_type": "bert", "add_cross_attention": true}', "does not have add_cross_attention=True"),
+        ('{"model_type": "bert", "hidden_act": "mish"}', "does not have hidden_act='mish'"),
+        ('{"model_type": "bert", "vocab_size": 0}', "vocab_size=0 must be whole numbers"),
     ],
 )
 def test_config_that_cannot_be_used_is_one_clear_line(tmp_path, text, message):
@@ -115,6 +136,13 @@ def test_sizes_come_from_config_json(tmp_path):
     # DINOv2's giant: 4 * 96 * 2 / 3 = 256
     assert config.mlp_width == 256
     assert config.layer_scale == 1.0
+
+
+def test_bert_config_is_that_of_the_preset_and_a_classifiers_dropout_is_left_aside(tmp_path):
+    fields = dict(model_type="bert", vocab_size=28996, classifier_dropout=0.3, hidden_dropout_prob=0.2)
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"position_embedding_type": "absolute"}))
+    config = configs.read_config(tmp_path)
+    assert config == dataclasses.replace(presets.PRESETS["bert_base_cased"], hidden_dropout=0.2)
 
 
 def test_timm_config_of_vgg19(tmp_path):

@@ -1,0 +1,36 @@
+"""BERT with a dense layer on [CLS] on COVID-19 tweets, real or fake: the backbone is frozen.
+
+The study names no rates. The backbone runs once for each tweet, so that a pass costs next to nothing and the head can
+learn for as long as it pays: 60 passes at a rate of 5e-3, decaying to zero.
+
+Command: python -m jaxtl.main --experiment=bert_covid_feature
+
+Expected: accuracy 0.86, loss 0.33, F1 of the real tweets 0.87 on the 2,140 test tweets (reported by the study).
+"""
+
+from jaxtl.config import Experiment, Head, Model, Optim, Text, Train
+from jaxtl.training.freeze import train_head_only
+
+
+def experiment() -> Experiment:
+    """Returns the experiment."""
+    return Experiment(
+        model=Model(
+            preset="from_weights",
+            weights="google-bert/bert-base-uncased",
+            head=Head(kind="fc", reads="cls", dropout=0.1),
+        ),
+        data=Text(name="covid_fake_news", text_column="tweet", label_column="label"),
+        freeze=train_head_only(),
+        optim=Optim(name="adamw", learning_rate=5e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip_norm=1.0),
+        train=Train(epochs=60, batch_size=32, eval_batch_size=64, select="best"),
+        reported=(
+            ("accuracy", 0.86),
+            ("loss", 0.33),
+            ("f1/real", 0.87),
+            ("confusion/fake/fake", 762),
+            ("confusion/fake/real", 258),
+            ("confusion/real/fake", 52),
+            ("confusion/real/real", 1068),
+        ),
+    )

@@ -1,0 +1,44 @@
+"""BERT with a dense layer on [CLS] on COVID-19 tweets, real or fake: everything learns.
+
+The study names no rates. 1e-4 with warm-up, linear decay and clipping, over five passes, is high for a BERT of this size and
+right for smaller ones too; the new head, which starts from nothing, learns ten times as fast. Devlin et al. 2018 give 2
+to 5e-5 for three or four passes; on these tweets that ends earlier and lower with small models.
+
+Command: python -m jaxtl.main --experiment=bert_covid_finetune
+
+Expected: accuracy 0.95, loss 0.31, F1 of the real tweets 0.96 on the 2,140 test tweets (reported by the study).
+"""
+
+from jaxtl.config import Experiment, Head, Model, Optim, Text, Train
+
+
+def experiment() -> Experiment:
+    """Returns the experiment."""
+    return Experiment(
+        model=Model(
+            preset="from_weights",
+            weights="google-bert/bert-base-uncased",
+            head=Head(kind="fc", reads="cls", dropout=0.1),
+        ),
+        data=Text(name="covid_fake_news", text_column="tweet", label_column="label"),
+        freeze=(("head..", "head"), (".*", "backbone")),
+        optim=Optim(
+            name="adamw",
+            learning_rate=1e-4,
+            schedule="linear",
+            warmup=0.1,
+            weight_decay=0.01,
+            clip_norm=1.0,
+            multipliers=(("head", 10.0),),
+        ),
+        train=Train(epochs=5, batch_size=32, eval_batch_size=64, select="best"),
+        reported=(
+            ("accuracy", 0.95),
+            ("loss", 0.31),
+            ("f1/real", 0.96),
+            ("confusion/fake/fake", 925),
+            ("confusion/fake/real", 95),
+            ("confusion/real/fake", 3),
+            ("confusion/real/real", 1117),
+        ),
+    )

@@ -1,0 +1,56 @@
+"""Steps compiled before they are needed, for every shape that their batches have."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtl.data.listing import Examples, Ragged
+from jaxtl.models import stages
+
+BATCH = 2  # position of the batch among the arguments of every step
+
+
+def compile_step(
+    step: Any, before: tuple, dataset: Examples, batch_size: int, lengths: Sequence[int], after: tuple = ()
+) -> Callable:
+    """Returns the jitted `step(*before, batch, *after)`, compiled for the batches of a data set.
+
+    Args:
+        step: jitted function.
+        before, after: its other arguments, or abstract ones like them.
+        dataset: what the batches are made of.
+        batch_size: their rows.
+        lengths: of the batches, where the inputs are sequences.
+    """
+    shapes = lengths if isinstance(dataset.inputs, Ragged) else (0,)
+    lowered = [step.lower(*before, abstract_batch(dataset, batch_size, length), *after) for length in shapes]
+    with ThreadPoolExecutor() as threads:  # XLA compiles outside of Python's lock
+        by_length = dict(zip(shapes, threads.map(lambda one: one.compile(), lowered), strict=True))
+
+    def call(*arguments: Any) -> Any:
+        inputs = arguments[BATCH]["input"]
+        length = inputs.values.shape[1] if isinstance(inputs, stages.Sequence) else 0
+        return by_length[length](*arguments)
+
+    return call
+
+
+def abstract_batch(dataset: Examples, batch_size: int, length: int) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a batch that `to_device` sends."""
+    if isinstance(dataset.inputs, Ragged):
+        values = dataset.inputs.values
+        inputs: Any = stages.Sequence(
+            jax.ShapeDtypeStruct((batch_size, length, *values.shape[1:]), values.dtype),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        )
+    else:
+        inputs = jax.ShapeDtypeStruct((batch_size, *dataset.inputs.shape[1:]), dataset.inputs.dtype)
+    return {
+        "input": inputs,
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        "weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32),
+        "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }

@@ -1,0 +1,132 @@
+"""Evaluation of a model on a whole split, every example counted once."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtl.config import Text
+from jaxtl.data import images, loader, masking, tokens
+from jaxtl.data.listing import Examples
+from jaxtl.evaluation import metrics
+from jaxtl.models import stages
+from jaxtl.progress import track
+from jaxtl.training import step
+from jaxtl.training.compiled import compile_step
+from jaxtl.training.setup import Setup
+
+# What evaluation hides of a text depends on the text's number alone, so that runs and epochs can be compared.
+_EVALUATION_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        metrics: `jaxtl.evaluation.metrics.classification`; of masked language modelling `accuracy`, `loss` and
+            `perplexity`, over the hidden word pieces.
+        logits: float32 `[examples, classes]` or `[examples, 1]`, in the order of the examples; None of masked language
+            modelling.
+        examples_per_second: speed.
+    """
+
+    metrics: dict[str, Any]
+    logits: np.ndarray | None
+    examples_per_second: float
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Metrics and speed, for metrics.jsonl."""
+        return {**self.metrics, "examples_per_second": round(self.examples_per_second, 2)}
+
+    def better_than(self, other: "Evaluation") -> bool:
+        """Whether these parameters are to be preferred: by accuracy, then loss; of masked language modelling, loss."""
+
+        def merit(metrics: dict[str, Any]) -> tuple[float, ...]:
+            return (-metrics["loss"],) if "perplexity" in metrics else (metrics["accuracy"], -metrics["loss"])
+
+        return merit(self.metrics) > merit(other.metrics)
+
+    def __str__(self) -> str:
+        shown = [
+            f"{name} {self.metrics[name]:.4f}" for name in ("loss", "accuracy", "perplexity") if name in self.metrics
+        ]
+        return " ".join(
+            [*shown, f"{self.examples_per_second:.{0 if self.examples_per_second >= 10 else 1}f} examples/s"]
+        )
+
+
+def preparation(this: Setup) -> step.Prepare:
+    """Returns what takes a raw batch to the model's input, inside the compiled step."""
+    experiment = this.experiment
+    data = experiment.data
+    if not isinstance(data, Text):
+
+        def prepare_images(batch: step.Batch, key: jax.Array | None) -> step.Batch:
+            pixels = images.preprocess(batch["input"], experiment.model.image_size, data.scale)
+            return {**batch, "input": pixels if key is None else images.augment(key, pixels, data.augment)}
+
+        return prepare_images
+    if experiment.model.head.kind != "mlm":
+        return step.unchanged
+    ids = tokens.token_ids(this.tokenizer)
+
+    def hide(batch: step.Batch, key: jax.Array | None) -> step.Batch:
+        key = jax.random.key(_EVALUATION_SEED) if key is None else key
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
+        inputs, label, weight = masking.mask(
+            batch["input"],
+            keys,
+            rate=data.mask_rate,
+            mask_id=ids.mask,
+            special_ids=ids.special,
+            vocabulary=ids.vocabulary,
+        )
+        return {**batch, "input": inputs, "label": label, "weight": weight * batch["weight"][:, None]}
+
+    return hide
+
+
+def evaluator(
+    this: Setup, prepare: step.Prepare, start: str | None, params: stages.Params, frozen: stages.Params, like: Examples
+) -> Callable[[stages.Params, Examples], Evaluation]:
+    """Returns `evaluate(params, examples)`, compiled.
+
+    Args:
+        this: the run.
+        prepare, start: see `step.train_step`.
+        params: trainable parameters, or abstract ones.
+        frozen: the others.
+        like: a split, for the shapes of the batches of every one.
+    """
+    hidden = this.experiment.model.head.kind == "mlm"
+    batch_size = this.experiment.train.eval_batch_size
+    make = step.score if hidden else step.forward
+    compiled = compile_step(make(this.net.structure, prepare, start), (params, frozen), like, batch_size, this.lengths)
+
+    def evaluate(params: stages.Params, examples: Examples) -> Evaluation:
+        started, count = time.perf_counter(), len(examples.labels)
+        batches = loader.batches(examples, batch_size, seed=None, lengths=this.lengths)
+        figures, logits = np.zeros(4), None
+        for batch in track(batches, loader.steps_per_epoch(count, batch_size), "evaluating"):
+            found = np.asarray(compiled(params, frozen, jax.device_put(batch)))
+            if hidden:
+                figures += found
+                continue
+            if logits is None:
+                logits = np.empty((count, *found.shape[1:]), found.dtype)
+            real = batch["index"] >= 0
+            logits[batch["index"][real]] = found[real]
+        if hidden:
+            loss = figures[0] / figures[2]
+            found = {"accuracy": float(figures[1] / figures[2]), "loss": float(loss), "perplexity": math.exp(loss)}
+        else:
+            found = metrics.classification(logits, examples.labels, examples.class_names)
+        return Evaluation(found, logits, count / (time.perf_counter() - started))
+
+    return evaluate

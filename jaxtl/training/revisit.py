@@ -1,0 +1,99 @@
+"""A finished run, evaluated on other examples than it was judged by."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtl import config
+from jaxtl.config import Images, Text
+from jaxtl.data import sources, text, tokens
+from jaxtl.errors import UserError
+from jaxtl.evaluation import errors
+from jaxtl.progress import say, track
+from jaxtl.training import freeze, run
+from jaxtl.training.evaluate import evaluator, preparation
+from jaxtl.training.network import TOKENIZER, load_run, run_params
+from jaxtl.training.setup import batch_lengths, describe
+
+FOLDER = "evaluations"
+_FREE = ("data.", "train.eval_batch_size", "train.precision")  # settings that do not make it another model
+
+
+def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], str, Path]:
+    """Evaluates a finished run; writes the figures, and what was misclassified, into its folder `evaluations`.
+
+    Args:
+        folder: of the run.
+        assignments: `path.to.field=value`; of a text run `data.test=FILE` names the file, relative to the current
+            folder, or to `data.dir` where that is given too. Without: what the run was judged by, or, of images, the
+            held-out split that `data` describes.
+
+    Returns:
+        The figures, the name of the split, and where they were written.
+
+    Raises:
+        UserError: there is no finished run, or something is wrong with the data.
+    """
+    finished = load_run(folder)
+    experiment = config.override(finished.experiment, assignments)
+    config.validate(experiment)
+    if fixed := [name for name in config.differences(finished.experiment, experiment) if not name.startswith(_FREE)]:
+        raise UserError(f"--mode=eval takes the model as it is: {', '.join(fixed)} cannot be set")
+    named = [assignment.partition("=")[0].strip() for assignment in assignments]
+    data = experiment.data
+    tokenizer = tokens.load_tokenizer(folder / TOKENIZER) if isinstance(data, Text) else None
+    if isinstance(data, Images):
+        split = sources.listings(data, track)[1]
+        _check_classes(split.class_names, finished.class_names)
+        (examples,) = sources.read([split], data.resize, experiment.model.image_size, track)
+        name = data.name or Path(data.dir).name or data.source
+    else:
+        if "data.test" in named:
+            path = Path(data.dir if "data.dir" in named else "", data.test).expanduser()
+            if not path.is_file():
+                raise UserError(f"data.test: there is no file {path}")
+            found, name = text.read([path], data, finished.class_names), path.stem
+        else:
+            *_, found = sources.listings(data, track)
+            name = found.ids[0].partition(".")[0]
+        (examples,) = sources.tokenised([found], tokenizer, data.max_length, track)
+    net, params = run_params(finished)
+    lengths = batch_lengths([examples.inputs.lengths], data) if tokenizer else ()
+    this = describe(
+        experiment,
+        finished.weights,
+        len(finished.class_names),
+        len(examples.labels),
+        0,
+        lengths=lengths,
+        tokenizer=tokenizer,
+    )
+    started = time.perf_counter()
+    params, frozen = freeze.partition(jax.device_put(params), this.labels)
+    found = evaluator(this, preparation(this), None, params, frozen, examples)(params, examples)
+    say(f"{name}: {found}")
+    target = folder / FOLDER
+    target.mkdir(exist_ok=True)
+    figures = {
+        "run": str(folder),
+        "data": dataclasses.asdict(data),
+        "examples": len(examples.labels),
+        "seconds": time.perf_counter() - started,
+        **found.metrics,
+        **run.environment(),
+    }
+    path = target / f"{name}.json"
+    run.write(path, json.dumps(figures, indent=2) + "\n")
+    if found.logits is not None:
+        errors.write_misclassified(target / f"{name}.{errors.FILE}", examples, found.logits)
+    return found.metrics, name, path
+
+
+def _check_classes(found: Sequence[str], trained: Sequence[str]) -> None:
+    if tuple(found) != tuple(trained):
+        raise UserError(f"the data have the classes {', '.join(found)}; the run learned {', '.join(trained)}")

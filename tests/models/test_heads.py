@@ -1,0 +1,184 @@
+"""Heads: the GRU against torch, texts of different lengths in one batch, what each reader takes.
+
+The GRU is compared with torch's in float64, for the reasons and with the tolerances of `test_vit_parity.py`: our
+rounding alone, 2e-5 of the largest value and 1e-4 in gradients.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxtl.models import heads, presets, stages
+from jaxtl.weights import convert, tables
+
+BATCH, LENGTH, INPUTS, HIDDEN = 4, 11, 24, 16
+LENGTHS = np.array([11, 1, 6, 9], np.int32)
+
+
+def assert_close(ours, theirs, tolerance, what):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, what
+    error, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    assert error <= tolerance * largest, f"{what}: off by {error:.3g}, largest value {largest:.3g}"
+
+
+def bigru(dtype=jnp.float32):
+    head = heads.BiGru(
+        INPUTS, hidden=HIDDEN, nodes=3, dropout=0.0, init="random", dtype=dtype, rngs=nnx.Rngs(jax.random.key(0))
+    )
+    return stages.Staged([("head", head)])
+
+
+def recurrent_parameters(structure, params, x, direction):
+    """Last states, and the gradients of their product with `direction`, by parameter and of the input."""
+
+    def loss(params, values):
+        head = stages.bind(structure, params).head
+        states = heads.last_states(head.forward, head.backward, x._replace(values=values), jnp.float32)
+        return jnp.sum(states * direction), states
+
+    gradients, states = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x.values)
+    return states, *gradients
+
+
+def test_gru_equals_torch_in_states_and_gradients():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    reference = torch.nn.GRU(INPUTS, HIDDEN, batch_first=True, bidirectional=True)
+    structure, targets, _ = stages.abstract(lambda rngs: bigru())
+    table = tables.gru()
+    loaded = convert.read(
+        table, {name: value.detach().numpy() for name, value in reference.named_parameters()}, targets, "torch"
+    )
+    params = {path: loaded.get(path, np.zeros(leaf.shape, np.float32)) for path, leaf in targets.items()}
+    random = np.random.default_rng(0)
+    values = random.standard_normal((BATCH, LENGTH, INPUTS)).astype(np.float32)
+    direction = random.standard_normal((BATCH, 2 * HIDDEN))
+
+    reference = reference.double()
+    theirs = torch.from_numpy(values).double().requires_grad_()
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        theirs, torch.from_numpy(LENGTHS), batch_first=True, enforce_sorted=False
+    )
+    _, last = reference(packed)
+    expected = last.transpose(0, 1).reshape(BATCH, -1)  # [directions, batch, hidden]
+    (expected * torch.from_numpy(direction)).sum().backward()
+
+    x = stages.Sequence(jnp.asarray(values), jnp.asarray(LENGTHS))
+    states, gradients, values_gradient = recurrent_parameters(structure, params, x, direction)
+    assert states.dtype == jnp.float32
+    assert_close(states, expected.detach(), 2e-5, "states")
+    assert_close(values_gradient, theirs.grad, 1e-4, "gradient of the input")
+    exact = convert.read(
+        table, {name: value.grad.numpy() for name, value in reference.named_parameters()}, targets, "gradients"
+    )
+    assert len(exact) == 8
+    for path, value in exact.items():
+        assert_close(gradients[path], value, 1e-4, path)
+
+    written = convert.write(table, params)
+    assert written.keys() == dict(reference.named_parameters()).keys()
+    for path, value in convert.read(table, written, targets, "written").items():
+        np.testing.assert_array_equal(value, params[path], path)
+
+
+def test_gru_starts_from_torchs_uniform_distribution():
+    head = bigru().head
+    for direction in (head.forward, head.backward):
+        for parameter in jax.tree.leaves(nnx.state(direction)):
+            assert np.abs(parameter).max() <= HIDDEN**-0.5
+            # The standard deviation of that distribution, within five standard errors of it over 48 values or more.
+            assert abs(np.std(parameter) * (3 * HIDDEN) ** 0.5 - 1) < 5 * (0.2 / parameter.size) ** 0.5
+    assert np.abs(head.forward.input_kernel[...] - head.backward.input_kernel[...]).max() > 0
+
+
+@functools.cache
+def whole(kind, reads, precision="float32"):
+    """A BERT with a head, its parameters, none of them zero, and three texts filled up to 20 tokens."""
+    inputs = stages.Sequence(jax.ShapeDtypeStruct((1, 20), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32))
+    build = presets.model(
+        dataclasses.replace(presets.PRESETS["bert_nano"], vocabulary=100),
+        kind=kind,
+        reads=reads,
+        hidden=HIDDEN,
+        dropout=0.5,
+        init="zero",
+        classes=2,
+        inputs=inputs,
+        precision=precision,
+    )
+    structure, targets, _ = stages.abstract(build)
+    random = np.random.default_rng(0)
+    params = {
+        path: jnp.asarray(0.1 * random.standard_normal(leaf.shape), jnp.float32) for path, leaf in targets.items()
+    }
+    params |= {path: 1 + value for path, value in params.items() if path.endswith("scale")}
+    ids = random.integers(0, 100, (3, 20)).astype(np.int32)
+    return structure, params, stages.Sequence(jnp.asarray(ids), jnp.array([20, 7, 1], jnp.int32))
+
+
+HEADS = [("fc", "cls"), ("mlp", "pooled"), ("bigru", "sequence")]
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("fc", "cls"), ("bigru", "sequence")])
+def test_text_gives_the_same_logits_alone_and_in_a_filled_up_batch(kind, reads):
+    structure, params, x = whole(kind, reads)
+    run = jax.jit(lambda params, x: stages.bind(structure, params)(x))
+    together = run(params, x)
+    assert together.shape == (3, 1)  # two classes, one node
+    assert together.dtype == jnp.float32
+    for row, length in enumerate(np.asarray(x.lengths)):
+        alone = run(params, stages.Sequence(x.values[row : row + 1, :length], x.lengths[row : row + 1]))
+        # Products of other shapes add up in another order: a few float32 roundings of 6e-8 over two layers.
+        np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "reads"), HEADS)
+def test_what_lies_in_the_padding_changes_no_bit_of_logits_and_gradients(kind, reads):
+    structure, params, x = whole(kind, reads)
+
+    @jax.jit
+    def run(params, x):
+        def loss(params):
+            logits = stages.bind(structure, params)(x, rng=jax.random.key(1))
+            return jnp.sum(logits * jnp.arange(1.0, 4.0)[:, None]), logits
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradients, logits = run(params, x)
+    within = np.arange(20) < np.asarray(x.lengths)[:, None]
+    for garbage in (0, 7, 99, 2**30):  # the last is no token at all
+        others, other_logits = run(params, x._replace(values=jnp.where(within, x.values, garbage)))
+        np.testing.assert_array_equal(logits, other_logits)
+        for path, value in gradients.items():
+            np.testing.assert_array_equal(value, others[path], path)
+
+
+def test_bfloat16_stays_near_float32():
+    kind, reads = "bigru", "sequence"
+    logits = {}
+    for precision in ("float32", "bfloat16"):
+        structure, params, x = whole(kind, reads, precision)
+        assert {str(value.dtype) for value in params.values()} == {"float32"}
+        logits[precision] = np.asarray(jax.jit(lambda params, x, s=structure: stages.bind(s, params)(x))(params, x))
+        assert logits[precision].dtype == np.float32
+    # bfloat16 carries 8 bits: 4e-3 a rounding, some dozen roundings along two layers and a head.
+    np.testing.assert_allclose(logits["bfloat16"], logits["float32"], atol=0.05 * np.abs(logits["float32"]).max())
+
+
+def test_masked_reader_gathers_the_positions_it_is_given():
+    values = jnp.arange(2 * 4 * 3, dtype=jnp.float32).reshape(2, 4, 3)
+    x = stages.Sequence(values, jnp.array([4, 2]), jnp.array([[3, 0], [1, 1]], jnp.int32))
+    read = heads.Features("masked")(x, None)
+    np.testing.assert_array_equal(read, [[values[0, 3], values[0, 0]], [values[1, 1], values[1, 1]]])
+
+
+def test_cls_reader_takes_the_first_token_of_arrays_and_of_sequences():
+    values = jnp.arange(2 * 4 * 3, dtype=jnp.float32).reshape(2, 4, 3)
+    for x in (values, stages.Sequence(values, jnp.array([4, 2]))):
+        np.testing.assert_array_equal(heads.Features("cls")(x, None), values[:, 0])

@@ -1,7 +1,7 @@
 """BERT with a bidirectional GRU on COVID-19 tweets, real or fake: the backbone is frozen.
 
 The study names no rates. The backbone runs once for each tweet, so that a pass costs next to nothing and the head can
-learn for as long as it pays: 20 passes at a rate of 2e-3, decaying to zero.
+learn for as long as it pays: 20 passes at a rate of 2e-3 that decays to zero.
 
 Command: python -m jaxtl.main --experiment=bert_bigru_covid_feature
 

@@ -1,7 +1,7 @@
 """BERT with a dense layer on [CLS] on COVID-19 tweets, real or fake: the backbone is frozen.
 
 The study names no rates. The backbone runs once for each tweet, so that a pass costs next to nothing and the head can
-learn for as long as it pays: 60 passes at a rate of 5e-3, decaying to zero.
+learn for as long as it pays: 30 passes at a rate of 5e-3 that decays to zero.
 
 Command: python -m jaxtl.main --experiment=bert_covid_feature
 
@@ -23,7 +23,7 @@ def experiment() -> Experiment:
         data=Text(name="covid_fake_news", text_column="tweet", label_column="label"),
         freeze=train_head_only(),
         optim=Optim(name="adamw", learning_rate=5e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip_norm=1.0),
-        train=Train(epochs=60, batch_size=32, eval_batch_size=64, select="best"),
+        train=Train(epochs=30, batch_size=32, eval_batch_size=64, select="best"),
         reported=(
             ("accuracy", 0.86),
             ("loss", 0.33),

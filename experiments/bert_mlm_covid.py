@@ -6,8 +6,7 @@ several, separated by commas). The other experiments start from the result: `--s
 
 Command: python -m jaxtl.main --experiment=bert_mlm_covid
 
-Expected: a lower perplexity on held-out tweets than before; what it is worth is shown by the experiments that start from
-it.
+Expected: a lower perplexity on held-out tweets than before; the experiments that start from it show what it is worth.
 """
 
 from jaxtl.config import Experiment, Head, Model, Optim, Text, Train
@@ -28,6 +27,8 @@ def experiment() -> Experiment:
             label_column="",
             eval_fraction=0.1,
         ),
-        optim=Optim(name="adamw", learning_rate=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01, clip_norm=1.0),
+        optim=Optim(
+            name="adamw", learning_rate=1e-4, width=768, schedule="linear", warmup=0.1, weight_decay=0.01, clip_norm=1.0
+        ),
         train=Train(epochs=10, batch_size=32, eval_batch_size=64),
     )

@@ -1,7 +1,7 @@
 """The study's six models of COVID-19 tweets, one after the other, compared with what it reports.
 
-With other weights: `--set model.weights=DIR` for all, `--set ctbert_bigru_covid_finetune.model.weights=runs/bert_mlm_covid`
-for one.
+With other weights: `--set model.weights=DIR` for all, or for one
+`--set ctbert_bigru_covid_finetune.model.weights=runs/bert_mlm_covid`.
 
 Command: python -m jaxtl.main --experiment=covid
 

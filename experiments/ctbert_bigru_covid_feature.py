@@ -1,9 +1,10 @@
 """COVID-Twitter-BERT v2 with a bidirectional GRU on COVID-19 tweets, real or fake: the backbone is frozen.
 
 The study names no rates. The backbone runs once for each tweet, so that a pass costs next to nothing and the head can
-learn for as long as it pays: 20 passes at a rate of 2e-3, decaying to zero.
+learn for as long as it pays: 20 passes at a rate of 2e-3 that decays to zero.
 
-Without access to that checkpoint, make one: `--experiment=bert_mlm_covid`, then `--set model.weights=runs/bert_mlm_covid`.
+Without access to that checkpoint, make one of your own: `--experiment=bert_mlm_covid`, then
+`--set model.weights=runs/bert_mlm_covid`.
 
 Command: python -m jaxtl.main --experiment=ctbert_bigru_covid_feature
 

@@ -163,6 +163,9 @@ class Optim:
     Attributes:
         name: `adam`, `adamw` (weight decay on matrices and kernels only) or `sgd` (Nesterov momentum 0.9).
         learning_rate: the peak rate.
+        width: the model width that `learning_rate` was chosen for; a model of another width learns at a rate in inverse
+            proportion, as hidden weights under Adam should (Yang et al. 2022, arXiv:2203.03466, table 3), so that one
+            recipe serves backbones of all sizes. 0: the rate as it is.
         schedule: after the warm-up, `constant`, or `linear` or `cosine` decay to zero over the run.
         warmup: fraction of all steps with a linearly rising rate.
         weight_decay: for `adamw`.
@@ -172,6 +175,7 @@ class Optim:
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 1e-4
+    width: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0
     weight_decay: float = 0.0
@@ -338,6 +342,7 @@ _CHECKS = {
     "data.buckets": ("from 1 to 16", lambda value: 1 <= value <= 16),
     "data.mask_rate": ("above 0 and below 1", lambda value: 0 < value < 1),
     "optim.learning_rate": _POSITIVE,
+    "optim.width": _NOT_NEGATIVE,
     "optim.warmup": _FRACTION,
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.clip_norm": _NOT_NEGATIVE,

@@ -12,13 +12,13 @@ holds experiment.json (the resolved experiment), metrics.jsonl, checkpoints/ and
 again reports a finished run.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxtl.errors import UserError, suggest
+from jaxtl.cli import guarded, parser
+from jaxtl.errors import UserError
 
 _EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "What to run: a name from --list, the path of a .py file, or of a run's experiment.json."
@@ -78,39 +78,10 @@ def _workdir() -> Path:
     return folder if _MODE.value == "eval" else Path("runs") / f"{folder.name}-again"
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        ours = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])]
-        _fail(f"there is no flag --{error.flagname}{suggest(error.flagname, ours)}; --help shows all")
-    except flags.Error as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> None:
-    print(f"jaxtl: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main(argv: list[str]) -> None:
-    """Runs, and turns errors that the user can mend into one line and exit status 2."""
-    try:
-        run(argv)
-    except UserError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        print("\njaxtl: interrupted; the same command starts this run anew", file=sys.stderr, flush=True)
-        # Not sys.exit: threads of grain and XLA at work when the interpreter is taken down end it with a fault.
-        os._exit(130)
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for out of memory
-            raise
-        _fail(
-            "out of memory; lower train.batch_size, train.eval_batch_size, plan.cache_budget_gb or model.image_size, "
-            "or set train.precision=bfloat16"
-        )
+    """Runs; see `jaxtl.cli`."""
+    guarded(run, argv, "the same command starts this run anew")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parser(sys.modules[__name__]))

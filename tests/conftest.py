@@ -1,9 +1,15 @@
 """Fixtures shared by all tests."""
 
+import csv
+import json
 import os
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +28,143 @@ def cifar10() -> Path:
     if not folder:
         pytest.skip("JAXTL_TEST_TFDS names no tfds data dir with cifar10")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """What jaxtl keeps between runs is kept for the tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+# --- a checkpoint of BERT, and texts with a rule to learn ------------------------------------------------
+
+# A text belongs to the class one of whose words is in it.
+WORDS = {
+    "fake": ("garlic", "bleach", "miracle", "hoax"),
+    "joke": ("parrot", "banana", "penguin", "circus"),
+    "real": ("mask", "vaccine", "ward", "report"),
+}
+_FILLERS = (
+    "the a of in on and to is was are new old two ten day week city water people doctor news today virus said from "
+    "with this that for it they we all more less than no yes out up"
+).split()
+_PUNCTUATION = (".", ",", "!", "?", "#", "😷")  # 🧄 is unknown to the tokenizer
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCABULARY = (
+    *SPECIAL,
+    *_PUNCTUATION,
+    *_FILLERS,
+    *(word for words in WORDS.values() for word in words if word != "penguin"),
+    *("pen", "##g", "##u", "##in", "##s", "##ed"),
+)
+WIDTH, POSITIONS = 32, 48
+
+
+def write_tokenizer(folder: Path, vocabulary: tuple[str, ...] = VOCABULARY, **special: str) -> Path:
+    """Writes a WordPiece tokenizer as BERT has it."""
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    made = tokenizers.Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary.index("[SEP]")), ("[CLS]", vocabulary.index("[CLS]"))
+    )
+    special = special or {
+        "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"
+    }  # fmt: skip
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_writer():
+    """`write_tokenizer`, for tests that need a tokenizer that is wrong in some way."""
+    return write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory) -> Path:
+    """A folder as on the Hugging Face Hub: config, random weights of a tiny BERT, tokenizer."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-bert"
+    torch.manual_seed(0)
+    # Larger than BERT's 0.02: a random backbone whose layers do nothing would have nothing to say of a text.
+    sizes = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=len(VOCABULARY), max_position_embeddings=POSITIONS, initializer_range=0.2, **sizes
+        )
+    )
+    model.save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def texts(count: int, seed: int, classes: tuple[str, ...] = ("fake", "real")) -> list[tuple[str, str]]:
+    """Returns (text, label): as many of each class, 3 to 30 words, some over several lines, some with emoji."""
+    random = np.random.default_rng(seed)
+    found = []
+    for index in range(count):
+        label = classes[index % len(classes)]
+        words = [str(word) for word in random.choice(_FILLERS, random.integers(2, 30))]
+        words.insert(random.integers(len(words) + 1), str(random.choice(WORDS[label])))
+        ends = ["😷", "🧄", "\n", ' "', ", ", "!"]
+        text = " ".join(words)
+        if index % 3 == 0:
+            middle = len(words) // 2
+            text = " ".join(words[:middle]) + str(random.choice(ends)) + "\n" + " ".join(words[middle:]) + " 😷"
+        found.append((text, label))
+    order = random.permutation(count)
+    return [found[i] for i in order]
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, ...] = ("text", "label")) -> Path:
+    """Writes records as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """Files of short texts: two classes in three splits, three classes in one file, and one without labels."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, count, seed in (("train", 240, 1), ("val", 60, 2), ("test", 62, 3)):
+        write_csv(folder / f"{name}.csv", texts(count, seed))
+    write_csv(folder / "three.csv", texts(180, 4, ("fake", "joke", "real")))
+    lines = [text.replace("\n", " ") for text, _ in texts(240, 5)]
+    (folder / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def command(capsys):
+    """Returns what runs a command's `main` in this process: (exit status, standard output, standard error)."""
+
+    def run(module: ModuleType, *arguments: object) -> tuple[int, str, str]:
+        # Imported before the flags are saved: grain defines flags too, which must not be taken back.
+        from jaxtl.training import suite
+
+        assert suite
+        status = 0
+        capsys.readouterr()
+        with flagsaver.flagsaver():
+            flags.FLAGS.unparse_flags()
+            try:
+                module.main(flags.FLAGS(["jaxtl", *map(str, arguments)]))
+            except SystemExit as ended:
+                status = ended.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def read_json():
+    """Returns what reads a JSON file."""
+    return lambda path: json.loads(Path(path).read_text(encoding="utf-8"))

@@ -203,8 +203,8 @@ def test_explain_shows_stages_data_and_plan_and_writes_nothing(here, capsys):
     before = files(here)
     run("--experiment=nano.py", "--explain", '--set=freeze=train_from("block_4")', "--set=train.epochs=3")
     shown = capsys.readouterr().out
-    assert "40 training and 20 held-out images, 10 classes" in shown
-    assert "6 steps of 20 images (3 epochs of 2)" in shown
+    assert "40 training, 20 held-out examples; 10 classes" in shown
+    assert "6 steps of 20 examples (3 epochs of 2)" in shown
     assert "stages up to block_3 run once, cached" in shown
     # 12 D^2 + 13 D with D = 64
     assert "49,984" in shown
@@ -264,12 +264,12 @@ def test_local_folder_of_weights_is_used(here):
 
     config = presets.PRESETS["vit_nano_patch2_8"]
     _, targets, _ = stages.abstract(
-        lambda rngs: presets.backbone(config, with_classifier=False, dtype=jnp.float32, rngs=rngs)
+        lambda rngs: presets.backbone(config, top=None, dtype=jnp.float32, rngs=rngs)
     )
     random = np.random.default_rng(0)
     params = {path: random.standard_normal(leaf.shape).astype(np.float32) for path, leaf in targets.items()}
     (here / "weights").mkdir()
-    written = convert.write(tables.table(config, with_classifier=False), params, prefix="vit.")
+    written = convert.write(tables.table(config, top=None), params, prefix="vit.")
     save_file(written, here / "weights" / "model.safetensors")
     fields = dict(model_type="vit", hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
                   patch_size=2, image_size=8)  # fmt: skip

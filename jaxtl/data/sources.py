@@ -21,7 +21,6 @@ from jaxtl.data.decode import decode
 from jaxtl.data.listing import Examples, Listing, Texts, Track, no_progress
 from jaxtl.errors import UserError, suggest
 
-
 Split = TypeVar("Split", Listing, Texts)
 
 

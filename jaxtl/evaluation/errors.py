@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtl import storage
 from jaxtl.data.listing import Examples
 from jaxtl.evaluation import metrics
 
@@ -24,12 +25,10 @@ def write_misclassified(path: Path, examples: Examples, logits: np.ndarray) -> N
     wrong = np.flatnonzero(predicted != examples.labels)
     wrong = wrong[np.argsort(-likely[wrong, predicted[wrong]], kind="stable")]
     columns = ("id", *(("text",) if examples.texts else ()), "label", "prediction", "probability")
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with storage.written_whole(path) as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         for row in wrong:
             texts = (examples.texts[row],) if examples.texts else ()
             names = (examples.class_names[examples.labels[row]], examples.class_names[predicted[row]])
             writer.writerow((examples.ids[row], *texts, *names, f"{likely[row, predicted[row]]:.4f}"))
-    temporary.replace(path)

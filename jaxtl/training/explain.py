@@ -1,6 +1,7 @@
 """What would be trained, on what, and how: printed before anything is."""
 
 import collections
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from rich.console import Console
 
 from jaxtl.config import Data, Experiment, Images, Suite
 from jaxtl.evaluation import compare
-from jaxtl.training import freeze, suite
-from jaxtl.training.setup import Setup, count, preview
+from jaxtl.training import freeze, optim, suite
+from jaxtl.training.setup import Setup, count, preview, width
 
 SPLITS = ("training", "held-out", "test")
 
@@ -26,8 +27,11 @@ def explain(chosen: Experiment | Suite, workdir: Path) -> None:
     if isinstance(chosen, Experiment):
         _show("", *preview(chosen, download=False), workdir)
         return
-    for name, member, source in suite.resolve(chosen, workdir):
-        _show(name, *preview(member, download=False, to_come=source is not None), workdir / name)
+    members = suite.resolve(chosen, workdir)
+    described = suite.as_describable(members)
+    for name, member, _ in members:
+        this, splits = preview(described[name], download=False)
+        _show(name, dataclasses.replace(this, experiment=member), splits, workdir / name)
 
 
 def _show(name: str, this: Setup, splits: list[Any], workdir: Path) -> None:
@@ -39,7 +43,8 @@ def _show(name: str, this: Setup, splits: list[Any], workdir: Path) -> None:
         console.print(f"\n[bold]{name}[/bold]")
     size = f"{model.image_size} pixels" if isinstance(data, Images) else f"up to {data.max_length} word pieces"
     console.print(
-        f"model   {model.preset}, weights {model.weights}, {size}, {settings.precision}; head {head.kind} on {head.reads}"
+        f"model   {model.preset}, weights {model.weights}, {size}, {settings.precision}; "
+        f"head {head.kind} on {head.reads}"
     )
     rows = []
     by_stage = collections.defaultdict(list)
@@ -51,12 +56,13 @@ def _show(name: str, this: Setup, splits: list[Any], workdir: Path) -> None:
         rows.append((stage, f"{trained:,}" if trained else "", f"{frozen:,}" if frozen else ""))
     rows.append(("all", f"{count(learning):,}", f"{count(resting):,}"))
     compare.show(("stage", "trained parameters", "frozen parameters"), rows, numbers=True)
+    rate = optim.peak_rate(experiment.optim, width(this))
     sizes = ", ".join(f"{len(split.labels):,} {name}" for split, name in zip(splits, SPLITS, strict=False))
     console.print(f"data    {_source(data)}: {sizes} examples; {_classes(splits[0])}; {_prepared(this)}")
     console.print(
         f"train   {this.steps:,} steps of {settings.batch_size} examples ({settings.epochs} epochs of "
-        f"{this.steps_per_epoch}), {experiment.optim.name}, learning rate {experiment.optim.learning_rate:g} "
-        f"{experiment.optim.schedule}, seed {settings.seed}"
+        f"{this.steps_per_epoch}), {experiment.optim.name}, learning rate {rate:g} {experiment.optim.schedule}, "
+        f"seed {settings.seed}"
     )
     if this.plan.boundary:
         what = "run once, cached" if this.plan.cached else "run every step, forwards only, not cached"

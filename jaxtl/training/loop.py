@@ -21,7 +21,7 @@ from jaxtl.training import cache, checkpoint, freeze, optim, run, step
 from jaxtl.training.compiled import compile_step
 from jaxtl.training.evaluate import Evaluation, evaluator, preparation
 from jaxtl.training.network import TOKENIZER, initial_params, locate
-from jaxtl.training.setup import Setup, count, look
+from jaxtl.training.setup import Setup, count, look, width
 
 # Steps sent to the device ahead of the one whose metrics are read: enough to keep it busy.
 _AHEAD = 2
@@ -38,7 +38,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     settings = experiment.train
     this, drawn = look(experiment, locate, track)
-    optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), this.steps)
+    optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), this.steps, width(this))
     params = initial_params(this.net, experiment.model, this.weights, settings.seed)
     params, frozen = freeze.partition(params, this.labels)
     splits = drawn

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxtl import config
+from jaxtl import config, storage
 from jaxtl.config import Images, Text
 from jaxtl.data import sources, text, tokens
 from jaxtl.errors import UserError
@@ -62,7 +62,7 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
             *_, found = sources.listings(data, track)
             name = found.ids[0].partition(".")[0]
         (examples,) = sources.tokenised([found], tokenizer, data.max_length, track)
-    net, params = run_params(finished)
+    _, params = run_params(finished)
     lengths = batch_lengths([examples.inputs.lengths], data) if tokenizer else ()
     this = describe(
         experiment,
@@ -88,7 +88,7 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
         **run.environment(),
     }
     path = target / f"{name}.json"
-    run.write(path, json.dumps(figures, indent=2) + "\n")
+    storage.write(path, json.dumps(figures, indent=2) + "\n")
     if found.logits is not None:
         errors.write_misclassified(target / f"{name}.{errors.FILE}", examples, found.logits)
     return found.metrics, name, path

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from jaxtl import config
+from jaxtl import config, storage
 from jaxtl.errors import UserError
 from jaxtl.training import checkpoint
 
@@ -79,7 +79,7 @@ class Recorder:
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(workdir / checkpoint.FOLDER, ignore_errors=True)
         self._workdir = workdir
-        write(workdir / EXPERIMENT, config.to_json(experiment))
+        storage.write(workdir / EXPERIMENT, config.to_json(experiment))
         self._metrics = (workdir / METRICS).open("w", encoding="utf-8")
 
     def __enter__(self) -> "Recorder":
@@ -104,7 +104,7 @@ class Recorder:
     def result(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Writes result.json, with versions and hardware added, and returns what it holds."""
         result = {**figures, **environment()}
-        write(self._workdir / RESULT, json.dumps(result, indent=2) + "\n")
+        storage.write(self._workdir / RESULT, json.dumps(result, indent=2) + "\n")
         return result
 
 
@@ -127,10 +127,3 @@ def peak_memory_bytes() -> int:
         return int(statistics["peak_bytes_in_use"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes but on macOS
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")  # renamed when complete: a killed run leaves no half of it
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

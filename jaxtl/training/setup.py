@@ -135,7 +135,7 @@ def batch_lengths(lengths: Sequence[np.ndarray], data: Text) -> tuple[int, ...]:
     return chosen if longest <= chosen[-1] else (*chosen, data.max_length)
 
 
-def preview(experiment: Experiment, *, download: bool, to_come: bool = False) -> tuple[Setup, list[Any]]:
+def preview(experiment: Experiment, *, download: bool) -> tuple[Setup, list[Any]]:
     """Describes a run before it is time for it: fetches no weights, and no data where `download` is False.
 
     Of what the Hub holds, config and tokenizer are fetched, and only where the size is asked for by `from_weights`.
@@ -143,21 +143,23 @@ def preview(experiment: Experiment, *, download: bool, to_come: bool = False) ->
     Args:
         experiment: what is asked for.
         download: whether data may be fetched and prepared, as far as the experiment allows it.
-        to_come: the weights are those of a run that is still to be made.
 
     Raises:
         UserError: see `look`.
     """
 
     def find_weights(weights: str) -> Path | None:
-        if to_come:
-            return None
         if Path(weights).expanduser().exists() or not hub.is_repo_id(weights):
             return locate(weights)
         return hub.fetch_description(weights) if experiment.model.preset == "from_weights" else None
 
     data = dataclasses.replace(experiment.data, download=download and experiment.data.download)
     return look(dataclasses.replace(experiment, data=data), find_weights)
+
+
+def width(this: Setup) -> int | None:
+    """Returns the width of the backbone; None of a convolutional one."""
+    return getattr(this.net.config, "width", None)
 
 
 def count(params: stages.Params) -> int:

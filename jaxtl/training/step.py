@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtl.models import stages
 
 Batch = Mapping[str, Any]
-"""What `jaxtl.data.loader` yields: `input`, `label` int32 [batch], `weight` float32 [batch] (0 for padding), `index`."""
+"""What `jaxtl.data.loader` yields: `input`, `label` int32 [batch], `weight` float32 [batch], 0 for padding; `index`."""
 
 Prepare = Callable[[Batch, jax.Array | None], Batch]
 """From a raw batch and a key (None: evaluation) to the batch whose `input` the model takes.

@@ -59,16 +59,34 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
         raise UserError(f"--workdir={workdir} holds a single run; a suite needs a folder of its own")
     members = resolve(chosen, workdir)
     done = {name: run_folder.finished(workdir / name, member, overwrite) for name, member, _ in members}
-    for name, member, source in members:
+    described = as_describable(members)
+    for name, _, source in members:
         # A run made from what is about to change is no longer what its settings say.
         if source is not None and done[source] is None:
             done[name] = None
         if done[name] is None:  # mistakes in the last member must not show after the first has been trained
-            preview(member, download=True, to_come=source is not None)
+            preview(described[name], download=True)
     for name, member, _ in members:
         say(f"--- {name}")
         done[name] = done[name] or loop.train(member, workdir / name)
     compare.show_results(done)
+
+
+def as_describable(members: Sequence[tuple[str, Experiment, str | None]]) -> dict[str, Experiment]:
+    """Returns each member by name as it can be described before any has run.
+
+    One that starts from another's trained weights has architecture and tokenizer of what that one starts from.
+    """
+    described: dict[str, Experiment] = {}
+    for name, member, source in members:
+        if source is not None:
+            theirs = described[source].model
+            preset = theirs.preset if member.model.preset == "from_weights" else member.model.preset
+            member = dataclasses.replace(
+                member, model=dataclasses.replace(member.model, preset=preset, weights=theirs.weights)
+            )
+        described[name] = member
+    return described
 
 
 def resolve(suite: Suite, workdir: Path) -> list[tuple[str, Experiment, str | None]]:

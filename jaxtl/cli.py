@@ -1,0 +1,52 @@
+"""What the commands share: flags that suggest, and errors that the user can mend in one line, exit status 2."""
+
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from absl import flags
+
+from jaxtl.errors import UserError, suggest
+
+
+def parser(module: ModuleType) -> Callable[[list[str]], list[str]]:
+    """Returns the `flags_parser` of absl's `app.run` that suggests the nearest of a module's flags."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except flags.UnrecognizedFlagError as error:
+            ours = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)]
+            fail(f"there is no flag --{error.flagname}{suggest(error.flagname, ours)}; --help shows all")
+        except flags.Error as error:
+            fail(str(error))
+
+    return parse
+
+
+def fail(message: str) -> None:
+    """Ends the program with one line on standard error and exit status 2."""
+    print(f"jaxtl: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def guarded(run: Callable[[list[str]], None], argv: list[str], interrupted: str) -> None:
+    """Runs `run(argv)`; what the user can mend ends it with one line, Ctrl-C with `interrupted` and status 130."""
+    try:
+        run(argv)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print(f"\njaxtl: interrupted; {interrupted}", file=sys.stderr, flush=True)
+        # Not sys.exit: threads of grain and XLA at work when the interpreter is taken down end it with a fault.
+        os._exit(130)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for out of memory
+            raise
+        fail(
+            "out of memory; lower train.batch_size, train.eval_batch_size, plan.cache_budget_gb or model.image_size, "
+            "or set train.precision=bfloat16"
+        )

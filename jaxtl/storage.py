@@ -1,0 +1,32 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from jaxtl.errors import UserError
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """Opens a file to be written whole or not at all: under another name, which is changed when it is complete.
+
+    Raises:
+        UserError: the folder does not exist, cannot be written to, or is full.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

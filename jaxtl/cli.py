@@ -1,5 +1,6 @@
 """What the commands share: flags that suggest, and errors that the user can mend in one line, exit status 2."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from types import ModuleType
 from absl import flags
 
 from jaxtl.errors import UserError, suggest
+
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 def parser(module: ModuleType) -> Callable[[list[str]], list[str]]:
@@ -43,10 +46,14 @@ def guarded(run: Callable[[list[str]], None], argv: list[str], interrupted: str)
         os._exit(130)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for out of memory
             raise
         fail(
-            "out of memory; lower train.batch_size, train.eval_batch_size, plan.cache_budget_gb or model.image_size, "
-            "or set train.precision=bfloat16"
+            "out of memory; lower train.batch_size, train.eval_batch_size, plan.cache_budget_gb, model.image_size or "
+            "data.max_length, or set train.precision=bfloat16"
         )

@@ -161,7 +161,7 @@ class Optim:
     """The optimiser.
 
     Attributes:
-        name: `adam`, `adamw` (weight decay on matrices and kernels only) or `sgd` (Nesterov momentum 0.9).
+        name: `adam`, `adamw` (weight decay on kernels only) or `sgd` (Nesterov momentum 0.9).
         learning_rate: the peak rate.
         width: the model width that `learning_rate` was chosen for; a model of another width learns at a rate in inverse
             proportion, as hidden weights under Adam should (Yang et al. 2022, arXiv:2203.03466, table 3), so that one
@@ -317,7 +317,7 @@ def _parse(text: str, hint: Any) -> Any:
     if hint == tuple[str, ...]:
         return tuple(item.strip() for item in text.split(",") if item.strip())
     try:
-        return _decode(ast.literal_eval(text), hint)
+        return decode(ast.literal_eval(text or "()"), hint)
     except (ValueError, SyntaxError, TypeError):
         raise ValueError('expected pairs, as in (("head", 10.0),)') from None
 
@@ -370,7 +370,7 @@ def checked(experiment: Experiment, where: str) -> Experiment:
         UserError: a field of another type; `where` says where it was written.
     """
     try:
-        return _decode(dataclasses.asdict(experiment), Experiment)
+        return decode(dataclasses.asdict(experiment), Experiment)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -403,7 +403,7 @@ def from_json(text: str, where: str) -> Experiment:
         UserError: not JSON, or not an experiment.
     """
     try:
-        return _decode(json.loads(text), Experiment)
+        return decode(json.loads(text), Experiment)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where} is not an experiment of this version of jaxtl: {error}") from None
 
@@ -426,12 +426,12 @@ def _differences(a: dict, b: dict, prefix: str) -> list[str]:
 
 def _decode_field(name: str, value: Any, hint: Any) -> Any:
     try:
-        return _decode(value, hint)
+        return decode(value, hint)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _decode(value: Any, hint: Any) -> Any:
+def decode(value: Any, hint: Any) -> Any:
     """Returns plain data (JSON, a Python literal) as a value of type `hint`; raises ValueError or TypeError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -441,19 +441,19 @@ def _decode(value: Any, hint: Any) -> Any:
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"{hint.__name__} has no field {', '.join(unknown)}")
         return hint(**{name: _decode_field(name, item, hints[name]) for name, item in value.items()})
-    if hint == Data:
+    if origin is types.UnionType and all(map(dataclasses.is_dataclass, args)):  # told apart by their fields
         kinds = [kind for kind in args if isinstance(value, dict) and set(value) <= set(typing.get_type_hints(kind))]
-        return _decode(value, kinds[0] if kinds else Images)
+        return decode(value, kinds[0] if kinds else args[0])
     if origin is types.UnionType:
-        return None if value is None else _decode(value, args[0])
+        return None if value is None else decode(value, args[0])
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"expected a list, found {value!r}")
         if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_decode(item, args[0]) for item in value)
+            return tuple(decode(item, args[0]) for item in value)
         if len(value) != len(args):
             raise ValueError(f"expected {len(args)} items, found {value!r}")
-        return tuple(_decode(item, kind) for item, kind in zip(value, args, strict=True))
+        return tuple(decode(item, kind) for item, kind in zip(value, args, strict=True))
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{value!r} is none of {', '.join(args)}")

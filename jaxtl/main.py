@@ -56,6 +56,8 @@ def run(argv: list[str]) -> None:
         raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
     workdir = _workdir()
     if _MODE.value == "eval":
+        if _EXPLAIN.value or _OVERWRITE.value:
+            raise UserError("--mode=eval goes with neither --explain nor --overwrite")
         found, split, path = revisit.evaluate(workdir, _SET.value)
         compare.show_metrics(found, split)
         print(path)

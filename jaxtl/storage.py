@@ -21,7 +21,7 @@ def written_whole(path: Path) -> Iterator[TextIO]:
     Raises:
         UserError: the folder does not exist, cannot be written to, or is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.parent / f".{path.name}.tmp"
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
@@ -29,4 +29,5 @@ def written_whole(path: Path) -> Iterator[TextIO]:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was never made
+            temporary.unlink()

@@ -40,7 +40,7 @@ def cache_of_its_own(tmp_path_factory):
 
 # --- a checkpoint of BERT, and texts with a rule to learn ------------------------------------------------
 
-# A text belongs to the class one of whose words is in it.
+# A text belongs to the class whose words are in it.
 WORDS = {
     "fake": ("garlic", "bleach", "miracle", "hoax"),
     "joke": ("parrot", "banana", "penguin", "circus"),
@@ -94,25 +94,23 @@ def bert_folder(tmp_path_factory) -> Path:
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-bert"
     torch.manual_seed(0)
-    # Larger than BERT's 0.02: a random backbone whose layers do nothing would have nothing to say of a text.
+    # Without dropout, whose random numbers take longest to compile; the heads have theirs.
     sizes = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    model = transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=len(VOCABULARY), max_position_embeddings=POSITIONS, initializer_range=0.2, **sizes
-        )
-    )
-    model.save_pretrained(folder)
+    rates = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = transformers.BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=POSITIONS, **sizes, **rates)
+    transformers.BertModel(config).save_pretrained(folder)
     return write_tokenizer(folder)
 
 
 def texts(count: int, seed: int, classes: tuple[str, ...] = ("fake", "real")) -> list[tuple[str, str]]:
-    """Returns (text, label): as many of each class, 3 to 30 words, some over several lines, some with emoji."""
+    """Returns (text, label): as many of each class, 3 to 35 words, some over several lines, some with emoji."""
     random = np.random.default_rng(seed)
     found = []
     for index in range(count):
         label = classes[index % len(classes)]
         words = [str(word) for word in random.choice(_FILLERS, random.integers(2, 30))]
-        words.insert(random.integers(len(words) + 1), str(random.choice(WORDS[label])))
+        for _ in range(1 + len(words) // 6):
+            words.insert(random.integers(len(words) + 1), str(random.choice(WORDS[label])))
         ends = ["😷", "🧄", "\n", ' "', ", ", "!"]
         text = " ".join(words)
         if index % 3 == 0:

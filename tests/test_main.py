@@ -263,9 +263,7 @@ def test_local_folder_of_weights_is_used(here):
     from jaxtl.models import stages
 
     config = presets.PRESETS["vit_nano_patch2_8"]
-    _, targets, _ = stages.abstract(
-        lambda rngs: presets.backbone(config, top=None, dtype=jnp.float32, rngs=rngs)
-    )
+    _, targets, _ = stages.abstract(lambda rngs: presets.backbone(config, top=None, dtype=jnp.float32, rngs=rngs))
     random = np.random.default_rng(0)
     params = {path: random.standard_normal(leaf.shape).astype(np.float32) for path, leaf in targets.items()}
     (here / "weights").mkdir()

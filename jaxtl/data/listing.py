@@ -48,6 +48,8 @@ class Examples:
         class_names: names of the classes; the same for all splits.
         ids: a name for each example: the file's path relative to the folder, `split:index`, or `file:record`.
         texts: the texts themselves; empty for images.
+        token_counts: `[n]`, of texts of which `inputs` holds a vector each: they are batched as they were before, so
+            that the same examples come together.
     """
 
     inputs: np.ndarray | Ragged
@@ -55,6 +57,7 @@ class Examples:
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     texts: tuple[str, ...] = ()
+    token_counts: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

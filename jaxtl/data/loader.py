@@ -5,7 +5,7 @@ for one batch at a time. grain reads ahead; the state of its iterator is the num
 """
 
 import functools
-from collections.abc import Sequence as Collection
+from collections import abc
 
 import grain
 import numpy as np
@@ -31,7 +31,7 @@ def batches(
     *,
     seed: int | None,
     epochs: int = 1,
-    lengths: Collection[int] = (),
+    lengths: abc.Sequence[int] = (),
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """Returns an iterator over batches: every example exactly once an epoch, whatever the batch size.
@@ -96,10 +96,11 @@ def _inputs(dataset: Examples, rows: np.ndarray, length: int) -> np.ndarray | Se
 class _Batches:
     """(rows, length) of every batch of all epochs, by number."""
 
-    def __init__(self, dataset: Examples, batch_size: int, seed: int | None, epochs: int, lengths: Collection[int]):
+    def __init__(self, dataset: Examples, batch_size: int, seed: int | None, epochs: int, lengths: abc.Sequence[int]):
         count = len(dataset.labels)
-        ragged = isinstance(dataset.inputs, Ragged)
-        own, shapes = (dataset.inputs.lengths, lengths) if ragged else (np.zeros(count, np.int64), (0,))
+        own, shapes = dataset.inputs.lengths if isinstance(dataset.inputs, Ragged) else dataset.token_counts, lengths
+        if own is None:
+            own, shapes = np.zeros(count, np.int64), (0,)
         self._steps = steps_per_epoch(count, batch_size)
         self._epochs = epochs
 

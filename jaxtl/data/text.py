@@ -71,7 +71,7 @@ def read(paths: Sequence[Path], data: config.Text, class_names: Sequence[str] | 
     if not rows:
         raise UserError(f"{where}: {'no record has a label of data.classes' if labels else 'there are no records'}")
     if empty := [ids[row] for row in rows if not texts[row].strip()]:
-        raise UserError(f"no text in {_shown(empty, 5)}: {len(empty)} records have none; remove them")
+        raise UserError(f"no text in {_shown(empty, 5)}, {len(empty)} of {len(labels)} records: remove them")
     numbers = np.array([number[labels[row]] for row in rows], np.int32)
     if names and len(np.unique(numbers)) < 2:
         say(f"{where}: all labels are {labels[rows[0]]!r}; ROC-AUC is not defined there")
@@ -116,6 +116,13 @@ def _files(data: config.Text) -> dict[str, list[Path]]:
         )
     folder = Path(os.path.expanduser(data.dir))
     if data.name and not data.dir:
+        known = (entry.train.name, entry.validation.name, entry.test.name)
+        for name in (*named["train"], *named["validation"], *named["test"]):
+            if name and name not in known and not Path(os.path.expanduser(name)).is_absolute():
+                raise UserError(
+                    f"{name} is no file of {data.name}, which has {', '.join(known)}; for files of your own add "
+                    "--set data.name= (empty)"
+                )
         folder = published.fetch(data.name, data.download)
     files: dict[str, list[Path]] = {}
     for split, names in named.items():
@@ -133,6 +140,8 @@ def _files(data: config.Text) -> dict[str, list[Path]]:
     train = [path.resolve() for path in files["train"]]
     if len(set(train)) < len(train):
         raise UserError(f"data.train={','.join(data.train)} names a file twice")
+    if "test" in files and files["test"][0].resolve() in [path.resolve() for path in files.get("validation", ())]:
+        say(f"data.test: the model is selected on {files['test'][0]} too: the figures of the test are no test")
     for split in ("validation", "test"):
         if any(path.resolve() in train for path in files.get(split, ())):
             raise UserError(f"data.{split}: {files[split][0]} holds the training texts; leave it empty or name another")

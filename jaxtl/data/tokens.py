@@ -32,13 +32,11 @@ class TokenIds:
     Attributes:
         mask: the id that hides a piece; None where there is none.
         special: ids that are never hidden, ascending: class token, separator, padding, unknown, mask.
-        pad: the id that fills up; 0 where there is none.
         vocabulary: number of ids, those added to the tokenizer's own included.
     """
 
     mask: int | None
     special: tuple[int, ...]
-    pad: int
     vocabulary: int
 
 
@@ -51,13 +49,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     instead = "--set data.tokenizer= a folder or repository that has them"
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise UserError(f"there is no tokenizer in {folder}, neither tokenizer.json nor vocab.txt: {instead}")
-    described = ("tokenizer.json", "tokenizer_config.json", "config.json")
-    if not any((folder / name).is_file() for name in described):
-        # Without them it is not known whether capitals count.
-        raise UserError(f"{folder} has a vocab.txt, but not the tokenizer_config.json that belongs to it: {instead}")
-    from transformers import AutoTokenizer  # takes a second or two
+    from transformers import AutoTokenizer, BertTokenizerFast  # takes a second or two
 
     try:
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            # BERT as it was published at first; whether capitals count is for the vocabulary to say.
+            pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split()
+            cased = any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
+            say(f"{folder} has no tokenizer_config.json; by its words it is {'a cased' if cased else 'an uncased'} BERT's")
+            return BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=not cased)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library, which is Rust, raises plain Exception
         reason = " ".join(str(error).split())[:200]
@@ -71,8 +71,7 @@ def token_ids(tokenizer: "PreTrainedTokenizerFast") -> TokenIds:
     """Returns the ids that have a meaning."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    pad = tokenizer.pad_token_id or 0
-    return TokenIds(tokenizer.mask_token_id, tuple(sorted(special)), pad, len(tokenizer))
+    return TokenIds(tokenizer.mask_token_id, tuple(sorted(special)), len(tokenizer))
 
 
 def tokenise(

@@ -37,7 +37,7 @@ class TextClassifier:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such run folder")
         run = load_run(folder)
-        if not isinstance(run.experiment.data, Text) or not run.class_names:
+        if not isinstance(run.experiment.data, Text) or run.experiment.model.head.kind == "mlm":
             raise UserError(f"{folder} does not hold a run that classifies texts")
         self.class_names = run.class_names
         self.data = run.experiment.data
@@ -47,18 +47,20 @@ class TextClassifier:
         self._forward = step.forward(net.structure, step.unchanged)
         self._batch_size = run.experiment.train.eval_batch_size
         self._lengths: tuple[int, ...] = ()
+        self._rows = 1
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Returns the probability of each class, `[texts, classes]` float64."""
         if not texts:
             return np.empty((0, len(self.class_names)))
         ids = tokens.tokenise(texts, self._tokenizer, self.data.max_length)
-        # Chosen once, so that a later run of texts compiles nothing new.
-        self._lengths = self._lengths or (*batch_lengths([ids.lengths], self.data)[:-1], self.data.max_length)
+        # Shapes are kept from call to call, so that more texts compile nothing new unless they are longer.
+        if not self._lengths or ids.lengths.max() > self._lengths[-1]:
+            self._lengths = batch_lengths([ids.lengths], self.data)
+        self._rows = max(self._rows, min(self._batch_size, len(texts)))
         examples = Examples(ids, np.zeros(len(texts), np.int32), self.class_names, ())
         found = np.empty((len(texts), len(self.class_names)))
-        rows = min(self._batch_size, len(texts))
-        for batch in loader.batches(examples, rows, seed=None, lengths=self._lengths):
+        for batch in loader.batches(examples, self._rows, seed=None, lengths=self._lengths):
             real = batch["index"] >= 0
             logits = np.asarray(self._forward(self._params, {}, {"input": jax.device_put(batch["input"])}))
             found[batch["index"][real]] = metrics.probabilities(logits)[real]

@@ -63,7 +63,9 @@ class Linear(nnx.Module):
         self.dropout = dropout
 
     def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        return self.output(layers.dropout(x, self.dropout, rng)).astype(jnp.float32)
+        x = layers.dropout(x, self.dropout, rng)
+        # Without the output layer's own rounding to the compute dtype: logits are float32.
+        return layers.matmul(x, self.output.kernel[...], self.output.dtype) + self.output.bias[...]
 
 
 class Mlp(Linear):
@@ -137,12 +139,16 @@ def last_states(forward: Gru, backward: Gru, x: Sequence, dtype: jnp.dtype) -> j
     inputs = jnp.stack([inputs[:, 0], inputs[::-1, 1]], axis=1)
     within = (jnp.arange(length)[:, None] < x.lengths)[..., None]  # [length, batch, 1]
     within = jnp.stack([within, within[::-1]], axis=1)
-    recurrent_kernel, recurrent_bias = both("recurrent_kernel").astype(dtype), both("recurrent_bias")[:, None]
+    recurrent_kernel, recurrent_bias = both("recurrent_kernel"), both("recurrent_bias")[:, None]
 
     def step(h: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         inputs, within = now
+        # Cast here and not before the scan, which sums the kernel's gradient over time in the dtype that it gets it in.
         recurrent = lax.dot_general(
-            h.astype(dtype), recurrent_kernel, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
+            h.astype(dtype),
+            recurrent_kernel.astype(dtype),
+            (((2,), (1,)), ((0,), (0,))),
+            preferred_element_type=jnp.float32,
         )
         input_r, input_z, input_n = jnp.split(inputs, 3, axis=-1)
         recurrent_r, recurrent_z, recurrent_n = jnp.split(recurrent + recurrent_bias, 3, axis=-1)

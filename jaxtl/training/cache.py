@@ -44,7 +44,10 @@ def fill(
             if index >= 0:
                 start, stop = offsets[index], offsets[index + 1]
                 kept[start:stop] = values[row, : stop - start] if whole else values[row]
-    return dataclasses.replace(dataset, inputs=Ragged(kept, offsets) if whole else kept)
+    if whole:
+        return dataclasses.replace(dataset, inputs=Ragged(kept, offsets))
+    counts = dataset.inputs.lengths if isinstance(dataset.inputs, Ragged) else None
+    return dataclasses.replace(dataset, inputs=kept, token_counts=counts)
 
 
 def size(activations: jax.ShapeDtypeStruct | stages.Sequence, examples: int, tokens: int) -> int:

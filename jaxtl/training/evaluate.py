@@ -12,6 +12,7 @@ import numpy as np
 from jaxtl.config import Text
 from jaxtl.data import images, loader, masking, tokens
 from jaxtl.data.listing import Examples
+from jaxtl.errors import UserError
 from jaxtl.evaluation import metrics
 from jaxtl.models import stages
 from jaxtl.progress import track
@@ -123,9 +124,13 @@ def evaluator(
             real = batch["index"] >= 0
             logits[batch["index"][real]] = found[real]
         if hidden:
+            if not figures[2]:
+                raise UserError("nothing of the held-out texts can be hidden: the tokenizer knows no piece of them")
             loss = figures[0] / figures[2]
             found = {"accuracy": float(figures[1] / figures[2]), "loss": float(loss), "perplexity": math.exp(loss)}
         else:
+            if not np.isfinite(logits).all():
+                raise UserError("the model's answers are not finite: training diverged; lower optim.learning_rate")
             found = metrics.classification(logits, examples.labels, examples.class_names)
         return Evaluation(found, logits, count / (time.perf_counter() - started))
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxtl.config import Data, Experiment, Images, Suite
 from jaxtl.evaluation import compare
 from jaxtl.training import freeze, optim, suite
-from jaxtl.training.setup import Setup, count, preview, width
+from jaxtl.training.setup import Setup, count, preview
 
 SPLITS = ("training", "held-out", "test")
 
@@ -19,7 +19,8 @@ SPLITS = ("training", "held-out", "test")
 def explain(chosen: Experiment | Suite, workdir: Path) -> None:
     """Prints model, stages with parameters trained and frozen, data, and what will happen.
 
-    Lists the data without decoding it and reads the config beside local weights; fetches nothing from the Hub.
+    Lists images without decoding them, reads and tokenises texts. From the Hub no weights are fetched, and config and
+    tokenizer only where the size is asked for by `from_weights`.
 
     Raises:
         UserError: what would stop the run.
@@ -38,9 +39,9 @@ def _show(name: str, this: Setup, splits: list[Any], workdir: Path) -> None:
     experiment = this.experiment
     model, head, data, settings = experiment.model, experiment.model.head, experiment.data, experiment.train
     learning, resting = freeze.partition(this.net.params, this.labels)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)  # a class may be called [/b]
     if name:
-        console.print(f"\n[bold]{name}[/bold]")
+        console.print(f"\n{name}", style="bold")
     size = f"{model.image_size} pixels" if isinstance(data, Images) else f"up to {data.max_length} word pieces"
     console.print(
         f"model   {model.preset}, weights {model.weights}, {size}, {settings.precision}; "
@@ -56,13 +57,14 @@ def _show(name: str, this: Setup, splits: list[Any], workdir: Path) -> None:
         rows.append((stage, f"{trained:,}" if trained else "", f"{frozen:,}" if frozen else ""))
     rows.append(("all", f"{count(learning):,}", f"{count(resting):,}"))
     compare.show(("stage", "trained parameters", "frozen parameters"), rows, numbers=True)
-    rate = optim.peak_rate(experiment.optim, width(this))
+    rate = optim.peak_rate(experiment.optim, getattr(this.net.config, "width", None))
+    factors = "".join(f", {group} {factor:g} times that" for group, factor in experiment.optim.multipliers)
     sizes = ", ".join(f"{len(split.labels):,} {name}" for split, name in zip(splits, SPLITS, strict=False))
     console.print(f"data    {_source(data)}: {sizes} examples; {_classes(splits[0])}; {_prepared(this)}")
     console.print(
         f"train   {this.steps:,} steps of {settings.batch_size} examples ({settings.epochs} epochs of "
-        f"{this.steps_per_epoch}), {experiment.optim.name}, learning rate {rate:g} {experiment.optim.schedule}, "
-        f"seed {settings.seed}"
+        f"{this.steps_per_epoch}), {experiment.optim.name}, learning rate {rate:g} {experiment.optim.schedule}"
+        f"{factors}, seed {settings.seed}"
     )
     if this.plan.boundary:
         what = "run once, cached" if this.plan.cached else "run every step, forwards only, not cached"

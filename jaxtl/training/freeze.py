@@ -33,8 +33,8 @@ def train_all() -> Rules:
 
 
 def train_head_only() -> Rules:
-    """Only the head learns: feature extraction."""
-    return train_from("head")
+    """Only the head learns, as a group of its own, `head`: feature extraction."""
+    return (("head..", "head"), (".*", None))
 
 
 def train_from(stage: str) -> Rules:

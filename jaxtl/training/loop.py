@@ -14,14 +14,14 @@ from jaxtl.config import Experiment, Images
 from jaxtl.data import loader, sources
 from jaxtl.data.listing import Examples
 from jaxtl.errors import UserError
-from jaxtl.evaluation import errors
+from jaxtl.evaluation import misclassified
 from jaxtl.models import stages
 from jaxtl.progress import Bar, say, track
-from jaxtl.training import cache, checkpoint, freeze, optim, run, step
+from jaxtl.training import cache, checkpoint, freeze, run, step
 from jaxtl.training.compiled import compile_step
 from jaxtl.training.evaluate import Evaluation, evaluator, preparation
 from jaxtl.training.network import TOKENIZER, initial_params, locate
-from jaxtl.training.setup import Setup, count, look, width
+from jaxtl.training.setup import Setup, count, look
 
 # Steps sent to the device ahead of the one whose metrics are read: enough to keep it busy.
 _AHEAD = 2
@@ -38,7 +38,6 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     settings = experiment.train
     this, drawn = look(experiment, locate, track)
-    optimizer = optim.optimizer(experiment.optim, freeze.trained(this.labels), this.steps, width(this))
     params = initial_params(this.net, experiment.model, this.weights, settings.seed)
     params, frozen = freeze.partition(params, this.labels)
     splits = drawn
@@ -54,12 +53,12 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         seconds["cache"] += time.perf_counter() - begun
     train_set, eval_set, *test_sets = splits
 
-    state = step.TrainState.create(params, optimizer)
+    state = step.TrainState.create(params, this.optimizer)
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)  # the key itself made the initial values
     frozen_stages = freeze.frozen_stages(this.labels, this.net.stages)
     begun = time.perf_counter()
     train_step = compile_step(
-        step.train_step(this.net.structure, optimizer, prepare, frozen_stages, start),
+        step.train_step(this.net.structure, this.optimizer, prepare, frozen_stages, start),
         (state, frozen),
         train_set,
         settings.batch_size,
@@ -98,8 +97,8 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 recorder.metrics("eval", done, done / this.steps_per_epoch, held_out.figures)
                 say(f"{title}  train {epoch.meter}  held out {held_out}")
                 if settings.select == "last" or kept is None or held_out.better_than(kept.evaluation):
-                    # A copy: the next step takes the state's own buffers.
-                    kept = _Kept(done, held_out, jax.device_get(state.params))
+                    # Copied: the next step takes the state's own buffers.
+                    kept = _Kept(done, held_out, jax.tree.map(np.array, state.params))
         # The test is looked at once, with the parameters that were kept.
         judged, examples = kept.evaluation, eval_set
         if test_sets:
@@ -107,7 +106,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
             say(f"test {judged}")
         checkpoint.save(workdir, kept.step, kept.params)
         if judged.logits is not None:
-            errors.write_misclassified(workdir / errors.FILE, examples, judged.logits)
+            misclassified.write(workdir / misclassified.FILE, examples, judged.logits)
         return recorder.result(
             {
                 "accuracy": kept.evaluation.metrics["accuracy"],
@@ -125,6 +124,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 "eval_examples": len(eval_set.labels),
                 "test_examples": len(test_sets[0].labels) if test_sets else 0,
                 "classes": list(train_set.class_names),
+                "architecture": dataclasses.asdict(this.net.config),
                 "frozen_sha256": checkpoint.digest(frozen),
                 "steps": this.steps,
                 # The frozen prefix is part of the work, although it runs before the first epoch.
@@ -167,12 +167,12 @@ class Meter:
     @property
     def loss(self) -> float:
         """Mean loss."""
-        return float(self._totals[0] / self._totals[2])
+        return float(self._totals[0] / max(self._totals[2], 1))
 
     @property
     def accuracy(self) -> float:
         """Fraction of correct answers."""
-        return float(self._totals[1] / self._totals[2])
+        return float(self._totals[1] / max(self._totals[2], 1))
 
     @property
     def figures(self) -> dict[str, float]:

@@ -51,14 +51,12 @@ class FinishedRun:
     Attributes:
         result: what its result.json holds.
         trained: the parameters it trained, by path.
-        weights: where the weights lie that it started from; None where those were random.
     """
 
     folder: Path
     experiment: config.Experiment
     result: dict[str, Any]
     trained: stages.Params
-    weights: Path | None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -130,10 +128,12 @@ def tokenizer_folder(data: config.Text, weights: Path | None) -> Path:
         UserError: it is nowhere to be found.
     """
     if data.tokenizer:
-        folder = locate(data.tokenizer)
-        if folder is None or not folder.is_dir():
-            raise UserError(f"data.tokenizer={data.tokenizer} is neither a folder nor a repository")
-        return folder
+        folder = Path(data.tokenizer).expanduser()
+        if not folder.is_dir():
+            if folder.exists() or not hub.is_repo_id(data.tokenizer):
+                raise UserError(f"data.tokenizer={data.tokenizer} is neither a folder nor a repository")
+            folder = hub.fetch_description(data.tokenizer)  # weights, if it has any, are not wanted
+        return folder / TOKENIZER if is_run(folder) else folder
     if weights is None:
         raise UserError("random weights have no tokenizer beside them; --set data.tokenizer=FOLDER_OR_REPO names one")
     if is_run(weights):
@@ -174,27 +174,25 @@ def load_run(folder: Path) -> FinishedRun:
     Raises:
         UserError: it has not finished, or is damaged.
     """
-    experiment = _run_experiment(folder)
-    trained = checkpoint.restore(folder)
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        for name in ("classes", "frozen_sha256"):
-            result[name]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: the run there has not finished; run it first") from None
-    return FinishedRun(folder, experiment, result, trained, locate(experiment.model.weights))
+    path = folder / "experiment.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run: there is no {path.name} in it")
+    result = _result(folder)
+    experiment = config.from_json(path.read_text(encoding="utf-8"), str(path))
+    return FinishedRun(folder, experiment, result, checkpoint.restore(folder))
 
 
 def run_params(run: FinishedRun) -> tuple[Network, stages.Params]:
     """Returns the network of a finished run and all its parameters: what it started from, overlaid with what it saved.
 
     Raises:
-        UserError: what it started from is not what it was then, by the digest in its result.
+        UserError: what it started from is gone, or not what it was then, by the digest in its result.
     """
-    net = network(run.experiment, len(run.class_names), run.weights)
+    net = network(run.experiment, len(run.class_names), run.folder)
     frozen = {}
     if len(run.trained) < len(net.params):
-        start = initial_params(net, run.experiment.model, run.weights, run.experiment.train.seed)
+        weights = locate(run.experiment.model.weights)
+        start = initial_params(net, run.experiment.model, weights, run.experiment.train.seed)
         frozen = {path: value for path, value in start.items() if path not in run.trained}
     if checkpoint.digest(frozen) != run.result["frozen_sha256"]:
         raise UserError(
@@ -232,8 +230,7 @@ def _architecture(model: config.Model, weights: Path | None) -> presets.Config:
             )
         preset = presets.PRESETS[model.preset]
     if weights is not None and is_run(weights):
-        theirs = _run_experiment(weights)
-        found = _architecture(theirs.model, locate(theirs.model.weights))
+        found = _run_architecture(weights)
     elif weights is not None and weights.is_dir():
         found = configs.read_config(weights)
     elif preset is None:
@@ -249,9 +246,23 @@ def _architecture(model: config.Model, weights: Path | None) -> presets.Config:
     return found
 
 
-def _run_experiment(folder: Path) -> config.Experiment:
-    path = folder / "experiment.json"
-    return config.from_json(path.read_text(encoding="utf-8"), str(path))
+def _run_architecture(folder: Path) -> presets.Config:
+    try:
+        return config.decode(_result(folder)["architecture"], presets.Config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'result.json'} is damaged, or of another version of jaxtl: {error}") from None
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        for name in ("classes", "architecture", "frozen_sha256"):
+            result[name]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no result: the run there has not finished; run it first") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'result.json'} is damaged, or of another version of jaxtl: {error}") from None
+    return result
 
 
 def _backbone(run: FinishedRun, backbone: stages.Params, optional: Collection[str]) -> stages.Params:

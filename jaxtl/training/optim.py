@@ -81,5 +81,5 @@ def _transform(optim: Optim, rate: optax.Schedule, factor: float) -> optax.Gradi
 
 
 def _decays(params: Mapping[str, object]) -> dict[str, bool]:
-    # Biases, norms, tokens and position embeddings are left alone, as BERT and ViT do.
-    return {path: path.endswith("/kernel") for path in params}
+    # Of dense layers, convolutions and the GRU; biases, norms, tokens and embeddings are left alone.
+    return {path: path.endswith("kernel") for path in params}

@@ -13,7 +13,7 @@ from jaxtl import config, storage
 from jaxtl.config import Images, Text
 from jaxtl.data import sources, text, tokens
 from jaxtl.errors import UserError
-from jaxtl.evaluation import errors
+from jaxtl.evaluation import misclassified
 from jaxtl.progress import say, track
 from jaxtl.training import freeze, run
 from jaxtl.training.evaluate import evaluator, preparation
@@ -21,7 +21,9 @@ from jaxtl.training.network import TOKENIZER, load_run, run_params
 from jaxtl.training.setup import batch_lengths, describe
 
 FOLDER = "evaluations"
-_FREE = ("data.", "train.eval_batch_size", "train.precision")  # settings that do not make it another model
+# Settings that do not make it another model; of the data, those do that say what the numbers of the classes mean.
+_FREE = ("data.", "train.eval_batch_size", "train.precision")
+_FIXED = ("data.classes", "data.tokenizer")
 
 
 def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], str, Path]:
@@ -42,7 +44,8 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
     finished = load_run(folder)
     experiment = config.override(finished.experiment, assignments)
     config.validate(experiment)
-    if fixed := [name for name in config.differences(finished.experiment, experiment) if not name.startswith(_FREE)]:
+    changed = config.differences(finished.experiment, experiment)
+    if fixed := [name for name in changed if not name.startswith(_FREE) or name in _FIXED]:
         raise UserError(f"--mode=eval takes the model as it is: {', '.join(fixed)} cannot be set")
     named = [assignment.partition("=")[0].strip() for assignment in assignments]
     data = experiment.data
@@ -51,7 +54,7 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
         split = sources.listings(data, track)[1]
         _check_classes(split.class_names, finished.class_names)
         (examples,) = sources.read([split], data.resize, experiment.model.image_size, track)
-        name = data.name or Path(data.dir).name or data.source
+        name = "held_out"
     else:
         if "data.test" in named:
             path = Path(data.dir if "data.dir" in named else "", data.test).expanduser()
@@ -59,14 +62,16 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
                 raise UserError(f"data.test: there is no file {path}")
             found, name = text.read([path], data, finished.class_names), path.stem
         else:
-            *_, found = sources.listings(data, track)
-            name = found.ids[0].partition(".")[0]
+            splits = sources.listings(data, track)
+            found, name = splits[-1], "test" if len(splits) == 3 else "held_out"
+            _check_classes(found.class_names, finished.class_names)
         (examples,) = sources.tokenised([found], tokenizer, data.max_length, track)
     _, params = run_params(finished)
     lengths = batch_lengths([examples.inputs.lengths], data) if tokenizer else ()
     this = describe(
-        experiment,
-        finished.weights,
+        # Nothing is kept: what a cache would take of these examples is no reason to refuse them.
+        dataclasses.replace(experiment, plan=config.Plan(cache="off")),
+        folder,
         len(finished.class_names),
         len(examples.labels),
         0,
@@ -80,7 +85,7 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
     figures = {
-        "run": str(folder),
+        "run": str(folder.resolve()),
         "data": dataclasses.asdict(data),
         "examples": len(examples.labels),
         "seconds": time.perf_counter() - started,
@@ -90,7 +95,7 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
     path = target / f"{name}.json"
     storage.write(path, json.dumps(figures, indent=2) + "\n")
     if found.logits is not None:
-        errors.write_misclassified(target / f"{name}.{errors.FILE}", examples, found.logits)
+        misclassified.write(target / f"{name}.{misclassified.FILE}", examples, found.logits)
     return found.metrics, name, path
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from jaxtl.config import Experiment, Text
+from jaxtl.config import Experiment, Images, Text
 from jaxtl.data import buckets, loader, sources, tokens
 from jaxtl.data.listing import Track, no_progress
 from jaxtl.errors import UserError
 from jaxtl.models import stages
-from jaxtl.training import cache, freeze, plan
+from jaxtl.training import cache, freeze, optim, plan
 from jaxtl.training.network import RANDOM, Network, locate, network, tokenizer_folder
 from jaxtl.weights import hub
 
@@ -29,6 +30,7 @@ class Setup:
         steps_per_epoch, steps: lengths of an epoch and of the run.
         activations: what the frozen prefix returns for one example, abstract; None without a prefix.
         plan: what is computed once.
+        optimizer: of the trainable parameters.
         lengths: of the batches of text, ascending; empty for images, and where the texts are not tokenised yet.
         tokenizer: of text; None where it is not at hand yet.
     """
@@ -41,6 +43,7 @@ class Setup:
     steps: int
     activations: Any
     plan: plan.Plan
+    optimizer: optax.GradientTransformation
     lengths: tuple[int, ...] = ()
     tokenizer: Any = None
 
@@ -84,8 +87,12 @@ def describe(
         cache_bytes = cache.size(activations, examples, most if token_count is None else token_count)
     steps_per_epoch = loader.steps_per_epoch(train_examples, settings.batch_size)
     steps = min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf)
+    width = getattr(net.config, "width", None)  # a convolutional network has no single one
+    optimizer = optim.optimizer(experiment.optim, freeze.trained(labels), steps, width)
     decided = plan.make(experiment, boundary, cache_bytes, steps / steps_per_epoch)
-    return Setup(experiment, weights, net, labels, steps_per_epoch, steps, activations, decided, lengths, tokenizer)
+    return Setup(
+        experiment, weights, net, labels, steps_per_epoch, steps, activations, decided, optimizer, lengths, tokenizer
+    )
 
 
 def look(
@@ -105,14 +112,24 @@ def look(
         UserError: see `describe` and `jaxtl.data.sources.listings`.
     """
     drawn = sources.listings(experiment.data, show_progress)
-    weights = find_weights(experiment.model.weights)
+    if not drawn[0].class_names and experiment.model.head.kind != "mlm":
+        raise UserError(
+            f"a head of kind {experiment.model.head.kind} learns labels, and data.label_column is empty: name the "
+            "column, or --set model.head.kind=mlm --set model.head.reads=masked for masked language modelling"
+        )
     sizes = [len(split.labels) for split in drawn]
+    weights = find_weights(experiment.model.weights)
     known: dict[str, Any] = {}
     data = experiment.data
     # Without weights that are to be had later, there is no tokenizer yet either.
     if isinstance(data, Text) and (weights or data.tokenizer or experiment.model.weights == RANDOM):
         folder = tokenizer_folder(data, weights)
         tokenizer = tokens.load_tokenizer(folder)
+        if experiment.model.head.kind == "mlm" and tokens.token_ids(tokenizer).mask is None:
+            raise UserError(
+                f"the tokenizer in {folder} has no mask token, which masked language modelling hides pieces with: "
+                "--set data.tokenizer= one that has"
+            )
         drawn = sources.tokenised(drawn, tokenizer, data.max_length, show_progress)
         known = {
             "token_count": sum(len(split.inputs.values) for split in drawn),
@@ -136,7 +153,7 @@ def batch_lengths(lengths: Sequence[np.ndarray], data: Text) -> tuple[int, ...]:
 
 
 def preview(experiment: Experiment, *, download: bool) -> tuple[Setup, list[Any]]:
-    """Describes a run before it is time for it: fetches no weights, and no data where `download` is False.
+    """Describes a run before it is time for it: fetches no weights, and no images where `download` is False.
 
     Of what the Hub holds, config and tokenizer are fetched, and only where the size is asked for by `from_weights`.
 
@@ -149,17 +166,14 @@ def preview(experiment: Experiment, *, download: bool) -> tuple[Setup, list[Any]
     """
 
     def find_weights(weights: str) -> Path | None:
-        if Path(weights).expanduser().exists() or not hub.is_repo_id(weights):
+        if weights == RANDOM or Path(weights).expanduser().exists() or not hub.is_repo_id(weights):
             return locate(weights)
         return hub.fetch_description(weights) if experiment.model.preset == "from_weights" else None
 
-    data = dataclasses.replace(experiment.data, download=download and experiment.data.download)
+    data = experiment.data
+    if isinstance(data, Images):  # of the published texts, a few megabytes, is told by reading them
+        data = dataclasses.replace(data, download=download and data.download)
     return look(dataclasses.replace(experiment, data=data), find_weights)
-
-
-def width(this: Setup) -> int | None:
-    """Returns the width of the backbone; None of a convolutional one."""
-    return getattr(this.net.config, "width", None)
 
 
 def count(params: stages.Params) -> int:

@@ -77,7 +77,8 @@ def train_step(
             model = stages.bind(structure, {**frozen, **trainable})
             logits = model(batch["input"], start=start, rng=dropout_key, deterministic=frozen_stages)
             figures = _figures(logits, batch, raw)
-            return figures[0] / figures[2], figures
+            # At least 1: of texts in which nothing can be hidden there are no answers.
+            return figures[0] / jnp.maximum(figures[2], 1.0), figures
 
         gradients, figures = jax.grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtl import config
-from jaxtl.config import Experiment, Suite
+from jaxtl.config import Experiment, Suite, Text
 from jaxtl.errors import UserError, suggest
 from jaxtl.evaluation import compare
 from jaxtl.progress import say
 from jaxtl.training import loop
 from jaxtl.training import run as run_folder
 from jaxtl.training.setup import preview
+from jaxtl.weights import hub
 
 _MEMBER = "suite:"  # model.weights of a member that starts from an earlier one
 
@@ -52,11 +53,15 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
         UserError: something the user can mend.
     """
     if isinstance(chosen, Experiment):
+        chosen = anchored(chosen)
         done = run_folder.finished(workdir, chosen, overwrite)
+        if done is None and not Path(chosen.model.weights).exists() and hub.is_repo_id(chosen.model.weights):
+            preview(chosen, download=True)  # mistakes show before large files are fetched
         compare.show_result(done or loop.train(chosen, workdir), workdir, new=done is None)
         return
     if (workdir / run_folder.EXPERIMENT).exists():
         raise UserError(f"--workdir={workdir} holds a single run; a suite needs a folder of its own")
+    chosen = Suite(tuple((name, anchored(member)) for name, member in chosen.members))
     members = resolve(chosen, workdir)
     done = {name: run_folder.finished(workdir / name, member, overwrite) for name, member, _ in members}
     described = as_describable(members)
@@ -72,6 +77,22 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
     compare.show_results(done)
 
 
+def anchored(experiment: Experiment) -> Experiment:
+    """Returns the experiment with its local paths absolute, so that the run can be used from another folder too."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
+
+    model, data = experiment.model, experiment.data
+    model = dataclasses.replace(model, weights=absolute(model.weights))
+    data = dataclasses.replace(data, dir=absolute(data.dir))
+    if isinstance(data, Text):
+        # Without a folder, the files are in the current one.
+        folder = data.dir if data.dir or data.name else str(Path.cwd())
+        data = dataclasses.replace(data, dir=folder, tokenizer=absolute(data.tokenizer))
+    return dataclasses.replace(experiment, model=model, data=data)
+
+
 def as_describable(members: Sequence[tuple[str, Experiment, str | None]]) -> dict[str, Experiment]:
     """Returns each member by name as it can be described before any has run.
 
@@ -85,6 +106,9 @@ def as_describable(members: Sequence[tuple[str, Experiment, str | None]]) -> dic
             member = dataclasses.replace(
                 member, model=dataclasses.replace(member.model, preset=preset, weights=theirs.weights)
             )
+            if isinstance(member.data, Text) and isinstance(described[source].data, Text):
+                tokenizer = member.data.tokenizer or described[source].data.tokenizer
+                member = dataclasses.replace(member, data=dataclasses.replace(member.data, tokenizer=tokenizer))
         described[name] = member
     return described
 

@@ -79,6 +79,7 @@ def _bert(fields: Any, path: Path) -> BertConfig:
         path,
         hidden_act=ACTIVATIONS,
         position_embedding_type=("absolute", None),
+        tie_word_embeddings=(True, None),
         is_decoder=(False, None),
         add_cross_attention=(False, None),
     )

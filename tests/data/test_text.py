@@ -261,14 +261,23 @@ def shapes(monkeypatch):
     return config.Text(name="shapes")
 
 
-def test_a_published_set_has_its_own_file_names_in_a_folder_given_or_fetched(folder, shapes, monkeypatch):
+def test_a_published_set_has_its_own_file_names_in_a_folder_given_or_fetched(folder, shapes, monkeypatch, capsys):
     assert list(text.splits(dataclasses.replace(shapes, dir=str(folder)))) == ["train", "validation", "test"]
     monkeypatch.setattr(published, "fetch", lambda name, download: {("shapes", False): folder}[name, download])
     fetched = dataclasses.replace(shapes, download=False)
     assert list(text.splits(fetched)) == ["train", "validation", "test"]
     assert list(text.splits(dataclasses.replace(fetched, train=("test.csv",)))) == ["train"]
+    capsys.readouterr()
     own = text.splits(dataclasses.replace(fetched, test="validation.csv"))
     assert own["test"].texts == own["validation"].texts
+    assert "the figures of the test are no test" in capsys.readouterr().err
+
+
+def test_file_of_ones_own_is_not_looked_for_among_a_published_sets(shapes):
+    for fields in ({"train": ("mine.csv",)}, {"test": "mine.csv"}):
+        message = problem(text.splits, dataclasses.replace(shapes, dir="", **fields))
+        assert "mine.csv is no file of shapes" in message
+        assert "--set data.name= (empty)" in message
 
 
 def test_only_a_missing_test_file_of_a_published_set_is_no_error_and_is_told_loudly(folder, shapes, capsys):

@@ -62,20 +62,29 @@ def test_a_tokenizer_is_read_from_its_json_or_its_vocabulary(tmp_path, tokenizer
     folder = tmp_path / "vocabulary"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
-    message = problem(folder)  # are capitals kept?
-    assert "not the tokenizer_config.json that belongs to it: --set data.tokenizer=" in message
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": false}')
     cased = tokens.load_tokenizer(folder)
     assert as_lists(tokens.tokenise(TEXTS, cased, 8)) == as_lists(tokens.tokenise(TEXTS, tokenizer, 8)) == IDS
     assert as_lists(tokens.tokenise(["A"], cased, 8)) == [[2, 1, 3]]
 
 
+@pytest.mark.parametrize("cased", [False, True])
+def test_an_old_vocabulary_without_a_config_says_itself_whether_capitals_count(tmp_path, capsys, cased):
+    words = ["hello", "Hello"] if cased else ["hello"]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    old = tokens.load_tokenizer(tmp_path)
+    # Read as cased, a capital is another word; read as uncased, the same.
+    assert as_lists(tokens.tokenise(["Hello", "hello"], old, 8)) == [[2, 6 if cased else 5, 3], [2, 5, 3]]
+    assert tokens.token_ids(old).mask == 4
+    assert f"{'a cased' if cased else 'an uncased'} BERT's" in capsys.readouterr().err
+
+
 def test_ids_with_a_meaning_are_found_even_where_only_the_json_tells(tmp_path, tokenizer):
-    assert tokens.token_ids(tokenizer) == tokens.TokenIds(4, (0, 1, 2, 3, 4), 0, 17)
+    assert tokens.token_ids(tokenizer) == tokens.TokenIds(4, (0, 1, 2, 3, 4), 17)
     folder = write_tokenizer(tmp_path / "bare")
     (folder / "tokenizer_config.json").unlink()
     found = tokens.token_ids(tokens.load_tokenizer(folder))
-    assert found == tokens.TokenIds(None, (0, 1, 2, 3, 4), 0, 17)
+    assert found == tokens.TokenIds(None, (0, 1, 2, 3, 4), 17)
 
 
 def test_a_folder_without_or_with_a_damaged_tokenizer_is_one_line(tmp_path):
@@ -104,7 +113,7 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path):
 @pytest.mark.weights
 def test_a_published_tokenizer_gives_berts_ids(real_weights):
     bert = tokens.load_tokenizer(real_weights / "minilm-l6")
-    assert tokens.token_ids(bert) == tokens.TokenIds(103, (0, 100, 101, 102, 103), 0, 30522)
+    assert tokens.token_ids(bert) == tokens.TokenIds(103, (0, 100, 101, 102, 103), 30522)
     assert as_lists(tokens.tokenise(["Hello world"], bert, 128)) == [[101, 7592, 2088, 102]]
 
 

@@ -161,7 +161,7 @@ def test_a_run_starts_from_what_another_run_trained(tmp_path):
 
 def test_weights_of_a_run_that_never_finished_are_refused(tmp_path):
     (tmp_path / "experiment.json").write_text(config.to_json(BASE))
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has not finished"):
         loop.train(change(BASE, f"model.weights={tmp_path}"), tmp_path / "run")
 
 

@@ -113,6 +113,20 @@ def endpoint(server):
     return f"http://127.0.0.1:{server.server_port}"
 
 
+def python(home, address, *arguments, **environment):
+    """Runs Python in a process of its own, with a Hub and caches of its own."""
+    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    own = {"HF_HOME": str(home), "JAXTL_CACHE": str(home), "HF_ENDPOINT": address, "NO_PROXY": "*"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPO,
+        env={**own, "JAX_PLATFORMS": "cpu", **kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 @pytest.fixture
 def server():
     with serve() as server:
@@ -134,11 +148,7 @@ def fetch(tmp_path):
             "    except UserError as error:\n"
             "        print('error', error)\n"
         )
-        kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-        environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint, "NO_PROXY": "*", **kept, **environment}
-        done = subprocess.run(
-            [sys.executable, "-c", code, *repos], cwd=REPO, env=environment, capture_output=True, text=True, timeout=60
-        )
+        done = python(tmp_path, endpoint, "-c", code, *repos, **environment)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert len(lines) == len(repos), "not one line for each repo"
@@ -260,3 +270,43 @@ def test_paths_are_not_taken_for_repo_ids(text):
     assert not hub.is_repo_id(text)
     with pytest.raises(UserError, match="neither a file or folder nor a Hugging Face repo id"):
         hub.fetch(text)
+
+
+def test_a_description_is_config_and_tokenizer_and_no_weights_are_asked_for(server, tmp_path):
+    code = "import sys; from jaxtl.weights.hub import fetch_description; print(fetch_description(sys.argv[1]))"
+    done = python(tmp_path, endpoint(server), "-c", code, "org/both")
+    assert done.returncode == 0, done.stderr
+    assert contents(Path(done.stdout.strip())) == SIDE
+    asked = {path.rpartition("/")[2] for _, path in server.requests if "/resolve/" in path}
+    assert asked == set(SIDE)
+
+
+def test_weights_are_told_to_be_missing_where_only_the_description_is_in_the_cache(server, tmp_path, fetch):
+    """As after --explain, and then without a network: the weights are of a format that is read, but not here."""
+    code = "import sys; from jaxtl.weights.hub import fetch_description; fetch_description(sys.argv[1])"
+    assert python(tmp_path, endpoint(server), "-c", code, "org/both").returncode == 0
+    (message,) = fetch(endpoint(server), "org/both", HF_HUB_OFFLINE="1")
+    assert isinstance(message, str)
+    assert "HF_HUB_OFFLINE is set and org/both is not whole in the cache" in message
+    (message,) = fetch(closed_port(), "org/both")
+    assert message.startswith("cannot reach")
+    (folder,) = fetch(endpoint(server), "org/both")  # and with one they are fetched
+    assert contents(folder) == {**SIDE, "model.safetensors": b"safe" * 999}
+
+
+def test_explain_of_a_text_experiment_fetches_config_and_tokenizer_only(
+    server, tmp_path, bert_folder, text_folder, monkeypatch
+):
+    files = {path.name: path.read_bytes() for path in bert_folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    monkeypatch.setitem(REPOS, "org/bert", files)
+    done = python(
+        tmp_path, endpoint(server), "-m", "jaxtl.main", "--experiment=text_csv", "--explain", "--set=model.weights=org/bert",
+        f"--set=data.train={text_folder / 'train.csv'}", "--set=data.max_length=40", f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "192 training, 48 held-out examples; 2 classes: fake 96, real 96" in done.stdout
+    assert "word pieces long" in done.stdout  # the tokenizer was used
+    asked = {path.rpartition("/")[2] for _, path in server.requests if "/resolve/" in path}
+    assert asked == set(files) - {"model.safetensors"}
+    assert not (tmp_path / "run").exists()

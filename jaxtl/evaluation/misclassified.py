@@ -12,7 +12,7 @@ from jaxtl.evaluation import metrics
 FILE = "misclassified.csv"
 
 
-def write_misclassified(path: Path, examples: Examples, logits: np.ndarray) -> None:
+def write(path: Path, examples: Examples, logits: np.ndarray) -> None:
     """Writes the misclassified examples as CSV: id, text, label, prediction, probability; most confident errors first.
 
     Args:

@@ -46,7 +46,7 @@ WORDS = {
     "joke": ("parrot", "banana", "penguin", "circus"),
     "real": ("mask", "vaccine", "ward", "report"),
 }
-_FILLERS = (
+_FILLERS = (  # noqa: SIM905
     "the a of in on and to is was are new old two ten day week city water people doctor news today virus said from "
     "with this that for it they we all more less than no yes out up"
 ).split()

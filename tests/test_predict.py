@@ -14,7 +14,8 @@ from jaxtl.evaluation import predict as prediction
 from jaxtl.training import loop
 
 TEXTS = [
-    "garlic", "a mask is new", "two doctors said , the mask\nis out 😷", "hoax hoax", "🧄", "the vaccine of the city " * 8,
+    "garlic", "a mask is new", "two doctors said , the mask\nis out 😷", "hoax hoax", "🧄",
+    "the vaccine of the city " * 8,
     "no", "bleach and a miracle in ten days", "ward", "it is the report",
 ]  # fmt: skip
 
@@ -41,6 +42,13 @@ def folder(bert_folder, text_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return prediction.TextClassifier(folder)
+
+
+@pytest.fixture
+def loaded(folder, model, monkeypatch):
+    """The command finds this run loaded already, which takes most of its time."""
+    load = prediction.TextClassifier
+    monkeypatch.setattr(prediction, "TextClassifier", lambda path: model if path == folder else load(path))
 
 
 def table(shown):
@@ -101,7 +109,7 @@ def test_texts_on_the_command_line_are_answered_on_standard_output(folder, model
         np.testing.assert_allclose([float(cell) for cell in row[3:]], [likely.max(), *likely], atol=6e-5)
 
 
-def test_a_file_is_answered_record_by_record_whatever_its_format(folder, command, text_folder, tmp_path):
+def test_a_file_is_answered_record_by_record_whatever_its_format(folder, loaded, command, text_folder, tmp_path):
     records = list(text.records(text_folder / "test.csv", "text"))[:9]
     with (tmp_path / "new.jsonl").open("w", encoding="utf-8") as file:
         for _, string, _ in records:
@@ -121,7 +129,7 @@ def test_a_file_is_answered_record_by_record_whatever_its_format(folder, command
     assert {path.name for path in tmp_path.iterdir()} == {"new.csv", "new.jsonl", "answers.csv"}
 
 
-def test_mistakes_are_one_line_and_leave_no_half_of_a_file(folder, command, text_folder, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_and_leave_no_half_of_a_file(folder, loaded, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prediction, "_AT_ONCE", 2)  # the empty text comes when others have been answered
     (tmp_path / "empty.csv").write_text('text\na mask\ngarlic\nno\n" "\n')
@@ -161,7 +169,7 @@ def test_mistakes_are_one_line_and_leave_no_half_of_a_file(folder, command, text
         assert sorted(tmp_path.rglob("*")) == before, arguments
 
 
-def test_a_file_written_before_stays_where_a_later_attempt_fails(folder, command, tmp_path):
+def test_a_file_written_before_stays_where_a_later_attempt_fails(folder, loaded, command, tmp_path):
     (tmp_path / "out.csv").write_text("of yesterday")
     (tmp_path / "new.csv").write_text('text\na mask\n""\n')
     status, _, _ = command(predict, folder, tmp_path / "new.csv", "--output", tmp_path / "out.csv")

@@ -14,7 +14,7 @@ MISTAKES = {
     "missing text column": (
         {},
         ["data.text_column=tweet"],
-        "train.csv has no column 'tweet': set data.text_column to one of text, label",
+        "train.csv has no column 'tweet' (did you mean 'text'?): set data.text_column to one of text, label",
     ),
     "missing label column": (
         {},
@@ -22,7 +22,7 @@ MISTAKES = {
         "train.csv has no column 'labels' (did you mean 'label'?): set data.label_column to one of text, label, or to "
         "nothing for texts without labels",
     ),
-    "empty text": ({"train.csv": [*GOOD, ("\n ", "real")]}, [], "no text in train.csv:21: 1 records have none"),
+    "empty text": ({"train.csv": [*GOOD, ("\n ", "real")]}, [], "no text in train.csv:21"),
     "label of validation alone": (
         {"val.csv": [*GOOD, ("a ward", "reel")]},
         ["data.validation=val.csv"],
@@ -40,7 +40,7 @@ MISTAKES = {
         "train.csv is not UTF-8 text: see the byte at offset 13",
     ),
     "no training texts": ({}, ["data.train="], "there are no training texts: --set data.train=tweets.csv"),
-    "no such file": ({}, ["data.train=tran.csv"], "there is no tran.csv (did you mean 'train.csv'?)"),
+    "no such file": ({}, ["data.train=tran.csv"], "tran.csv (did you mean 'train.csv'?)"),
     "labels in a .txt": (
         {"lines.txt": b"a mask\n"},
         ["data.train=lines.txt"],
@@ -50,13 +50,13 @@ MISTAKES = {
     "no tokenizer beside the weights": (
         {},
         ["model.weights=bare"],
-        "there is no tokenizer in bare, neither tokenizer.json nor vocab.txt: --set data.tokenizer=",
+        "bare, neither tokenizer.json nor vocab.txt: --set data.tokenizer=",
     ),
     "no such tokenizer": ({}, ["data.tokenizer=./nowhere"], "./nowhere is neither a folder nor a repository"),
     "tokenizer of another model": (
         {},
         ["data.tokenizer=large"],
-        "the tokenizer in large has {more} word pieces, the model {pieces}: it is not the tokenizer of these weights",
+        "large has {more} word pieces, the model {pieces}: it is not the tokenizer of these weights",
     ),
     "texts longer than the position table": (
         {},
@@ -98,7 +98,7 @@ def here(bert_folder, bert_writer, read_json, tmp_path, monkeypatch):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(bert_folder / name, tmp_path / "bare")
     ids = read_json(bert_folder / "tokenizer.json")["model"]["vocab"]
-    bert_writer(tmp_path / "large", (*sorted(ids, key=ids.get), "more", "pieces"))
+    bert_writer(tmp_path / "large", (*sorted(ids, key=ids.get), "garlicky", "pieces"))
     return tmp_path
 
 

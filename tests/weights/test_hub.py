@@ -301,8 +301,9 @@ def test_explain_of_a_text_experiment_fetches_config_and_tokenizer_only(
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     monkeypatch.setitem(REPOS, "org/bert", files)
     done = python(
-        tmp_path, endpoint(server), "-m", "jaxtl.main", "--experiment=text_csv", "--explain", "--set=model.weights=org/bert",
-        f"--set=data.train={text_folder / 'train.csv'}", "--set=data.max_length=40", f"--workdir={tmp_path / 'run'}",
+        tmp_path, endpoint(server), "-m", "jaxtl.main", "--experiment=text_csv", "--explain",
+        "--set=model.weights=org/bert", f"--set=data.train={text_folder / 'train.csv'}", "--set=data.max_length=40",
+        f"--workdir={tmp_path / 'run'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "192 training, 48 held-out examples; 2 classes: fake 96, real 96" in done.stdout

@@ -56,9 +56,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             # BERT as it was published at first; whether capitals count is for the vocabulary to say.
             pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split()
             cased = any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
-            say(
-                f"{folder} has no tokenizer_config.json; by its words it is {'a cased' if cased else 'an uncased'} BERT's"
-            )
+            kind = "a cased" if cased else "an uncased"
+            say(f"{folder} has no tokenizer_config.json; by its words it is {kind} BERT's")
             return BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=not cased)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library, which is Rust, raises plain Exception

@@ -18,6 +18,8 @@ from jaxtl.training import freeze as freezing
 
 Precision = Literal["float32", "bfloat16"]
 
+RANDOM = "random"  # model.weights where there are none
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -59,7 +61,7 @@ class Model:
     """
 
     preset: str
-    weights: str = "random"
+    weights: str = RANDOM
     image_size: int = 224
     head: Head = Head()
 

@@ -20,7 +20,6 @@ from jaxtl.weights import configs, convert, files, hub, tables
 
 HEAD = "head"  # the stage that is ours; all before it is the backbone
 TOKENIZER = "tokenizer"  # folder of a run
-RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ def locate(weights: str) -> Path | None:
     Raises:
         UserError: there is no such file, folder or repository, or it cannot be reached.
     """
-    if weights == RANDOM:
+    if weights == config.RANDOM:
         return None
     path = Path(weights).expanduser()
     if path.exists():

@@ -42,7 +42,8 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
     Raises:
         UserError: the folder holds a run of another experiment, files that are no run's, or cannot be written.
     """
-    if Path(experiment.model.weights).expanduser().resolve() == workdir.resolve():
+    weights = experiment.model.weights
+    if weights != config.RANDOM and Path(weights).expanduser().resolve() == workdir.resolve():
         raise UserError(f"a run cannot start from weights in its own folder, {workdir}: give another --workdir")
     path, result = workdir / EXPERIMENT, workdir / RESULT
     if path.is_file() and result.is_file() and not overwrite:

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import optax
 
-from jaxtl.config import Experiment, Images, Text
+from jaxtl.config import RANDOM, Experiment, Images, Text
 from jaxtl.data import buckets, loader, sources, tokens
 from jaxtl.data.listing import Track, no_progress
 from jaxtl.errors import UserError
 from jaxtl.models import stages
 from jaxtl.training import cache, freeze, optim, plan
-from jaxtl.training.network import RANDOM, Network, locate, network, tokenizer_folder
+from jaxtl.training.network import Network, locate, network, tokenizer_folder
 from jaxtl.weights import hub
 
 

@@ -84,7 +84,8 @@ def anchored(experiment: Experiment) -> Experiment:
         return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
     model, data = experiment.model, experiment.data
-    model = dataclasses.replace(model, weights=absolute(model.weights))
+    if model.weights != config.RANDOM:  # whatever a folder here is called
+        model = dataclasses.replace(model, weights=absolute(model.weights))
     data = dataclasses.replace(data, dir=absolute(data.dir))
     if isinstance(data, Text):
         # Without a folder, the files are in the current one.

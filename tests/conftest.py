@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -28,6 +29,14 @@ def cifar10() -> Path:
     if not folder:
         pytest.skip("JAXTL_TEST_TFDS names no tfds data dir with cifar10")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Programs that several tests share are compiled once: it is what takes the time."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @pytest.fixture(scope="session", autouse=True)

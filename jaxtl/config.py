@@ -195,6 +195,10 @@ class Train:
         batch_size, eval_batch_size: examples a step, over all devices.
         seed: fixes data order, initialisation, dropout and augmentation.
         precision: compute dtype of the matrix products; parameters, normalisation and softmax stay float32.
+        accumulate_steps: a step goes through its batch in so many parts, one after the other, and adds up their
+            gradients: less memory, the same step but for dropout and augmentation, which every part draws anew.
+        remat: `blocks` keeps of each trained stage only what enters it and computes the rest again when its gradient
+            is needed: less memory, a third more time. Same results.
         eval_every: epochs between evaluations; the last one is always evaluated.
         select: which of the evaluated parameters are kept: the `last`, or the `best` on the held-out examples (by
             accuracy, then loss). With `best`, the held-out figures are those of a choice: test on other examples.
@@ -207,6 +211,8 @@ class Train:
     eval_batch_size: int = 64
     seed: int = 0
     precision: Precision = "float32"
+    accumulate_steps: int = 1
+    remat: Literal["none", "blocks"] = "none"
     eval_every: int = 1
     select: Literal["last", "best"] = "last"
     log_every: int = 10
@@ -214,15 +220,28 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What may be computed once.
+    """What is computed once, and what not at all.
 
     Attributes:
         cache: keep the activations after the frozen prefix: `auto` where it pays and fits, `on` insists, `off`.
-        cache_budget_gb: memory that they may take, in gigabytes.
+        cache_dir: folder they are kept in for the runs to come, which share them where weights, data and precision are
+            the same. Empty: `activations` in jaxtl's cache folder.
+        cache_budget_gb: memory that they may take, in gigabytes; above it they are read from the files in `cache_dir`.
+        cache_disk_gb: disk space that all files in `cache_dir` may take; those used longest ago make room. 0: none.
+        cache_dtype: what they are kept in: `auto`, as they are computed, which changes no result; `bfloat16` halves
+            the space of a float32 run.
+        cached_views: with random augmentation nothing can be kept, unless of so many views of each image, drawn once:
+            epoch 1 sees the first, and after the last it begins again. 0: new ones every epoch, nothing kept.
+        prune: of the last block, compute only the tokens that the head reads. Same results.
     """
 
     cache: Literal["auto", "on", "off"] = "auto"
+    cache_dir: str = ""
     cache_budget_gb: float = 4.0
+    cache_disk_gb: float = 50.0
+    cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    cached_views: int = 0
+    prune: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,6 +372,9 @@ _CHECKS = {
         lambda pairs: all(0 < factor < math.inf for _, factor in pairs),
     ),
     "plan.cache_budget_gb": _NOT_NEGATIVE,
+    "plan.cache_disk_gb": _NOT_NEGATIVE,
+    "plan.cached_views": _NOT_NEGATIVE,
+    "train.accumulate_steps": _POSITIVE,
     "train.epochs": _POSITIVE,
     "train.max_steps": _POSITIVE,
     "train.batch_size": _POSITIVE,

@@ -1,11 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Where files go, and files that are written whole or not at all."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from jaxtl.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what can be made or fetched again: `$JAXTL_CACHE`, or `~/.cache/jaxtl`."""
+    return Path(os.path.expanduser(os.environ.get("JAXTL_CACHE") or "~/.cache/jaxtl"))
 
 
 def write(path: Path, text: str) -> None:

@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import errno
 import hashlib
-import os
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 from jaxtl.errors import UserError, suggest
 from jaxtl.progress import say
+from jaxtl.storage import cache_folder
 
 _TIMEOUT = 30.0  # seconds without an answer
 
@@ -58,11 +58,6 @@ SETS = {
         File("english_test_with_labels.csv", labels=(("real", 1120), ("fake", 1020))),
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Returns the folder for what can be made or fetched again: `$JAXTL_CACHE`, or `~/.cache/jaxtl`."""
-    return Path(os.path.expanduser(os.environ.get("JAXTL_CACHE") or "~/.cache/jaxtl"))
 
 
 def find(name: str) -> Published:

@@ -15,7 +15,7 @@ import sklearn.datasets
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from jaxtl import config
+from jaxtl import config, storage
 from jaxtl.data import folder, published, text, tfds, tokens
 from jaxtl.data.decode import decode
 from jaxtl.data.listing import Examples, Listing, Texts, Track, no_progress
@@ -55,7 +55,7 @@ def tokenised(
     drawn: Sequence[Texts], tokenizer: Any, max_length: int, show_progress: Track = no_progress
 ) -> list[Examples]:
     """Returns the texts that `listings` drew, as word pieces; what was tokenised before is read from the cache."""
-    folder = published.cache_folder() / "tokens"
+    folder = storage.cache_folder() / "tokens"
     return [
         Examples(
             tokens.tokenise(split.texts, tokenizer, max_length, show_progress, folder),

@@ -10,6 +10,7 @@ import threading
 import pooch
 import pytest
 
+from jaxtl import storage
 from jaxtl.data import published
 from jaxtl.errors import UserError
 
@@ -213,9 +214,9 @@ def test_a_full_disk_is_one_line(server, folder, monkeypatch):
 def test_the_cache_is_in_the_home_folder_unless_the_environment_names_another(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("JAXTL_CACHE", "~/elsewhere")
-    assert published.cache_folder() == tmp_path / "elsewhere"
+    assert storage.cache_folder() == tmp_path / "elsewhere"
     monkeypatch.setenv("JAXTL_CACHE", "")
-    assert published.cache_folder() == tmp_path / ".cache" / "jaxtl"
+    assert storage.cache_folder() == tmp_path / ".cache" / "jaxtl"
 
 
 def test_an_unknown_set_is_answered_with_the_nearest():

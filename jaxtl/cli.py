@@ -9,6 +9,7 @@ from types import ModuleType
 from absl import flags
 
 from jaxtl.errors import UserError, suggest
+from jaxtl.storage import cache_folder
 
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
@@ -36,6 +37,7 @@ def fail(message: str) -> None:
 
 def guarded(run: Callable[[list[str]], None], argv: list[str], interrupted: str) -> None:
     """Runs `run(argv)`; what the user can mend ends it with one line, Ctrl-C with `interrupted` and status 130."""
+    _keep_programs()
     try:
         run(argv)
     except UserError as error:
@@ -57,3 +59,12 @@ def guarded(run: Callable[[list[str]], None], argv: list[str], interrupted: str)
             "out of memory; lower train.batch_size, train.eval_batch_size, plan.cache_budget_gb, model.image_size or "
             "data.max_length, or set train.precision=bfloat16"
         )
+
+
+def _keep_programs() -> None:
+    """Has JAX keep what it compiles: the same command compiles once. Read by JAX when it is imported, so before that.
+
+    JAX's own variables are respected where they are set; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    """
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))

@@ -408,6 +408,12 @@ def validate(experiment: Experiment) -> None:
             value = getattr(value, name, None)  # images and text have fields of their own
         if value is not None and not holds(value):  # NaN fails every comparison
             wrong.append(f"{path}={value} must be {rule}")
+    settings = experiment.train
+    if settings.accumulate_steps > 0 and settings.batch_size % settings.accumulate_steps:
+        wrong.append(
+            f"train.batch_size={settings.batch_size} must be a multiple of "
+            f"train.accumulate_steps={settings.accumulate_steps}"
+        )
     if wrong:
         raise UserError("; ".join(wrong))
 

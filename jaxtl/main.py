@@ -31,7 +31,16 @@ _SET = flags.DEFINE_multi_string(
     "is for one member.",
 )
 _LIST = flags.DEFINE_bool("list", False, "Show all experiments: name, what it is, expected result.")
-_EXPLAIN = flags.DEFINE_bool("explain", False, "Show what would be trained, on what, and how; then exit.")
+_EXPLAIN = flags.DEFINE_flag(
+    flags.Flag(
+        flags.EnumParser(["false", "true", "json"]),
+        None,
+        "explain",
+        "false",
+        "Show what would be trained, on what, how, and what it costs; then exit. --explain=json: for programs.",
+        boolean=True,  # may stand alone
+    )
+)
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval"], "eval: evaluate a finished run on other examples, --set data.test=FILE."
 )
@@ -56,15 +65,15 @@ def run(argv: list[str]) -> None:
         raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
     workdir = _workdir()
     if _MODE.value == "eval":
-        if _EXPLAIN.value or _OVERWRITE.value:
+        if _EXPLAIN.value != "false" or _OVERWRITE.value:
             raise UserError("--mode=eval goes with neither --explain nor --overwrite")
         found, split, path = revisit.evaluate(workdir, _SET.value)
         compare.show_metrics(found, split)
         print(path)
         return
     chosen = suite.override(experiments.load(_EXPERIMENT.value), _SET.value)
-    if _EXPLAIN.value:
-        explain.explain(chosen, workdir)
+    if _EXPLAIN.value != "false":
+        explain.explain(chosen, workdir, as_json=_EXPLAIN.value == "json")
     else:
         suite.run(chosen, workdir, overwrite=_OVERWRITE.value)
 

@@ -14,6 +14,21 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(os.environ.get("JAXTL_CACHE") or "~/.cache/jaxtl"))
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Makes an open file `size` bytes long, all of them on the disk.
+
+    Without the space reserved, a full disk would end the process with SIGBUS when a mapped file is written to. macOS
+    cannot reserve it.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
 def write(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     with written_whole(path) as file:

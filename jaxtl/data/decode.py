@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jaxtl import storage
 from jaxtl.data.listing import Listing, Track
 from jaxtl.errors import UserError
 
@@ -112,13 +113,11 @@ def _allocate(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     """Returns uint8 arrays of these shapes, in unlinked temporary files if they are large together."""
     if sum(map(math.prod, shapes)) <= _MEMORY_LIMIT:
         return [np.empty(shape, np.uint8) for shape in shapes]
-    # Without the space reserved, a full disk would end the process with SIGBUS. macOS cannot reserve it.
-    reserve = getattr(os, "posix_fallocate", lambda file, offset, size: os.ftruncate(file, size))
     arrays = []
     try:
         for shape in shapes:
             with tempfile.TemporaryFile(prefix="jaxtl-") as file:
-                reserve(file.fileno(), 0, math.prod(shape))
+                storage.reserve(file.fileno(), math.prod(shape))
                 arrays.append(np.memmap(file, np.uint8, "r+", shape=shape))
     except OSError as error:
         size = sum(map(math.prod, shapes)) / 2**30

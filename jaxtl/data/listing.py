@@ -43,13 +43,14 @@ class Examples:
 
     Attributes:
         inputs: images `[n, height, width, 3]` uint8, tokens, or the activations of either; in memory or
-            memory-mapped.
+            memory-mapped. With several `views`, arrays are `[views * n, ..]`, view by view.
         labels: `[n]` int32, positions in `class_names`; all 0 where there are no classes.
         class_names: names of the classes; the same for all splits.
         ids: a name for each example: the file's path relative to the folder, `split:index`, or `file:record`.
         texts: the texts themselves; empty for images.
         token_counts: `[n]`, of texts of which `inputs` holds a vector each: they are batched as they were before, so
             that the same examples come together.
+        views: of each example, in `inputs`; an epoch goes over one of them.
     """
 
     inputs: np.ndarray | Ragged
@@ -58,6 +59,7 @@ class Examples:
     ids: tuple[str, ...]
     texts: tuple[str, ...] = ()
     token_counts: np.ndarray | None = None
+    views: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

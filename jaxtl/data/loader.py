@@ -36,6 +36,9 @@ def batches(
 ) -> grain.DatasetIterator:
     """Returns an iterator over batches: every example exactly once an epoch, whatever the batch size.
 
+    Where the data set has several views of each example, the first epoch goes over the first of them, and so on, and
+    after the last begins again.
+
     Each batch is a dict of
         `input`: images `[rows, height, width, 3]` uint8, other arrays `[rows, ..]`, or a `Sequence` filled up to one of
             `lengths`,
@@ -71,12 +74,12 @@ def batches(
         )
     part = slice(index * batch_size // count, (index + 1) * batch_size // count)
 
-    def gather(batch: tuple[np.ndarray, int]) -> dict[str, np.ndarray | Sequence]:
-        examples, length = batch
+    def gather(batch: tuple[np.ndarray, int, int]) -> dict[str, np.ndarray | Sequence]:
+        examples, length, view = batch
         padded = np.concatenate([examples, np.full(batch_size - len(examples), -1, np.int32)])[part]
         rows = np.where(padded >= 0, padded, examples[0])
         return {
-            "input": _inputs(dataset, rows, length),
+            "input": _inputs(dataset, view * len(dataset.labels) + rows, length),
             "label": dataset.labels[rows],
             "weight": (padded >= 0).astype(np.float32),
             "index": padded,
@@ -94,7 +97,7 @@ def _inputs(dataset: Examples, rows: np.ndarray, length: int) -> np.ndarray | Se
 
 
 class _Batches:
-    """(rows, length) of every batch of all epochs, by number."""
+    """(rows, length, view) of every batch of all epochs, by number."""
 
     def __init__(self, dataset: Examples, batch_size: int, seed: int | None, epochs: int, lengths: abc.Sequence[int]):
         count = len(dataset.labels)
@@ -103,6 +106,7 @@ class _Batches:
             own, shapes = np.zeros(count, np.int64), (0,)
         self._steps = steps_per_epoch(count, batch_size)
         self._epochs = epochs
+        self._views = dataset.views
 
         @functools.lru_cache(1)  # batches are asked for in order
         def epoch(number: int) -> list[tuple[np.ndarray, int]]:
@@ -114,6 +118,6 @@ class _Batches:
     def __len__(self) -> int:
         return self._steps * self._epochs
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int, int]:
         epoch, step = divmod(int(number), self._steps)
-        return self._epoch(epoch)[step]
+        return *self._epoch(epoch)[step], epoch % self._views

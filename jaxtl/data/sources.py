@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from jaxtl import config, storage
-from jaxtl.data import folder, published, text, tfds, tokens
+from jaxtl.data import folder, text, tfds, tokens
 from jaxtl.data.decode import decode
 from jaxtl.data.listing import Examples, Listing, Texts, Track, no_progress
 from jaxtl.errors import UserError, suggest

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtl.models import layers
+from jaxtl.models import kernels, layers
 from jaxtl.models.stages import Sequence, Staged, values
 
 
@@ -40,17 +40,24 @@ class BertConfig:
     attention_dropout: float = 0.1
 
 
-def bert(config: BertConfig, *, top: str | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> Staged:
+def bert(
+    config: BertConfig, *, top: str | None, leading: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> Staged:
     """Builds the backbone: token ids (a Sequence) -> a Sequence of [batch, length, width], or what the top makes of it.
 
     Args:
         config: architecture and size.
         top: `pooler`, `mlm` or None.
+        leading: the last layer returns an array of only so many of the leading tokens, for what comes after reads no
+            others; None: a Sequence of all.
         dtype: compute dtype.
         rngs: random streams for the initial values.
     """
     embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
-    blocks = [(f"layer_{i + 1}", Layer(config, dtype=dtype, rngs=rngs)) for i in range(config.depth)]
+    blocks = [
+        (f"layer_{i + 1}", Layer(config, leading if i + 1 == config.depth else None, dtype=dtype, rngs=rngs))
+        for i in range(config.depth)
+    ]
     stages = [("embeddings", embeddings), *blocks]
     if top == "pooler":
         stages.append((top, Pooler(config, dtype=dtype, rngs=rngs)))
@@ -81,13 +88,13 @@ class Embeddings(nnx.Module):
         # Clipped: by default an id outside the vocabulary would give NaN, which attention spreads even from padding.
         y = jnp.take(self.word[...], x.values, axis=0, mode="clip")
         y = self.norm(y + self.position[:length] + self.token_type[0])
-        return x._replace(values=layers.dropout(y, self.rate, rng))
+        return x._replace(values=kernels.dropout(y, self.rate, rng))
 
 
 class Layer(nnx.Module):
-    """Post-norm transformer block: [batch, length, width] -> the same."""
+    """Post-norm transformer block: [batch, length, width] -> the same, or an array of the `leading` tokens of it."""
 
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, leading: int | None = None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attention = layers.Attention(
             config.width, config.heads, dropout=config.attention_dropout, dtype=dtype, rngs=rngs
         )
@@ -95,24 +102,25 @@ class Layer(nnx.Module):
         self.mlp = layers.Mlp(config.width, config.mlp_width, activation=config.activation, dtype=dtype, rngs=rngs)
         self.norm2 = _norm(config, dtype)
         self.rate = config.hidden_dropout
+        self.leading = leading
 
-    def __call__(self, x: Sequence, rng: jax.Array | None) -> Sequence:
+    def __call__(self, x: Sequence, rng: jax.Array | None) -> Sequence | jax.Array:
         attention_rng, rng1, rng2 = layers.split(rng, 3)
-        y = x.values
-        y = self.norm1(y + layers.dropout(self.attention(y, attention_rng, x.lengths), self.rate, rng1))
-        y = self.norm2(y + layers.dropout(self.mlp(y), self.rate, rng2))
-        return x._replace(values=y)
+        y = self.attention(x.values, attention_rng, x.lengths, self.leading)
+        y = self.norm1(x.values[:, : self.leading] + kernels.dropout(y, self.rate, rng1))
+        y = self.norm2(y + kernels.dropout(self.mlp(y), self.rate, rng2))
+        return x._replace(values=y) if self.leading is None else y
 
 
 class Pooler(nnx.Module):
-    """The class token through a dense layer and tanh: [batch, length, width] -> [batch, width]."""
+    """The class token through a dense layer and tanh: a Sequence, or [batch, 1.., width], -> [batch, width]."""
 
     def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.dense = layers.Dense(config.width, config.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Sequence, rng: jax.Array | None) -> jax.Array:
+    def __call__(self, x: Sequence | jax.Array, rng: jax.Array | None) -> jax.Array:
         del rng
-        return jnp.tanh(self.dense(x.values[:, 0]))
+        return jnp.tanh(self.dense(values(x)[:, 0]))
 
 
 class MaskedLanguageModel(nnx.Module):
@@ -132,4 +140,4 @@ class MaskedLanguageModel(nnx.Module):
     def __call__(self, x: Sequence | jax.Array, rng: jax.Array | None) -> jax.Array:
         del rng
         y = self.norm(self.activation(self.dense(values(x))))
-        return layers.matmul(y, self.word[...], self.dtype, 1) + self.bias[...]
+        return kernels.matmul(y, self.word[...], self.dtype, 1) + self.bias[...]

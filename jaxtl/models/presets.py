@@ -88,13 +88,25 @@ def top(reads: str) -> str | None:
     return {"logits": "classifier", "pooled": "pooler", "masked": "mlm"}.get(reads)
 
 
-def backbone(config: Config, *, top: str | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> Staged:
+def leading(config: Config, reads: str) -> int | None:
+    """Returns how many of a transformer's leading tokens a head that reads this depends on; None: on all."""
+    if isinstance(config, VGGConfig):
+        return None
+    if reads == "logits":  # DeiT's classifier reads the distillation token too
+        return config.special_tokens
+    return 1 if reads in ("cls", "pooled") else None
+
+
+def backbone(
+    config: Config, *, top: str | None, leading: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> Staged:
     """Builds the backbone of a config.
 
     Args:
         config: architecture and size.
         top: what to keep of the pretrained top, as its last stages: None; `classifier` (images); `pooler` or `mlm`
             (BERT).
+        leading: the last block computes only so many of the leading tokens; None, and in a convolutional network: all.
         dtype: compute dtype.
         rngs: random streams for the initial values.
 
@@ -104,7 +116,8 @@ def backbone(config: Config, *, top: str | None, dtype: jnp.dtype, rngs: nnx.Rng
     make, tops = _BACKBONES[type(config)]
     if top not in (None, *tops):
         raise ValueError(f"a {config.family} backbone has a {' or a '.join(tops)} on top, no {top}")
-    return make(config, top=top, dtype=dtype, rngs=rngs)
+    pruned = {} if leading is None else {"leading": leading}
+    return make(config, top=top, **pruned, dtype=dtype, rngs=rngs)
 
 
 def model(
@@ -118,6 +131,7 @@ def model(
     classes: int,
     inputs: jax.ShapeDtypeStruct | Sequence,
     precision: str,
+    prune: bool = True,
 ) -> Callable[[nnx.Rngs], Staged]:
     """Returns the function that builds the model: the backbone, `features` where the head reads a part, `head`.
 
@@ -131,15 +145,17 @@ def model(
         inputs: one row of the model's input, abstract: images float32 [1, size, size, 3]; or a Sequence of ids int32
             [1, length], lengths int32 [1] and, for `mlm`, positions int32 [1, read].
         precision: compute dtype, by name.
+        prune: of the last block, compute only the tokens that the head reads.
 
     Raises:
         ValueError: input, backbone and head do not fit together.
     """
     _check(config, kind, reads, inputs)
     dtype = jnp.dtype(precision)
+    read = leading(config, reads) if prune else None
 
     def body(rngs: nnx.Rngs) -> list[tuple[str, nnx.Module]]:
-        made = backbone(config, top=top(reads), dtype=dtype, rngs=rngs)
+        made = backbone(config, top=top(reads), leading=read, dtype=dtype, rngs=rngs)
         named = [(name, getattr(made, name)) for name in made.stages]
         if reads in READERS:
             named.insert(len(named) - (kind == "mlm"), ("features", Features(reads)))

@@ -55,6 +55,7 @@ class Staged(nnx.Module):
         stop: str | None = None,
         rng: jax.Array | None = None,
         deterministic: Collection[str] = (),
+        remat: bool = False,
     ) -> Any:
         """Runs the stages from `start` to `stop`, both included.
 
@@ -63,13 +64,15 @@ class Staged(nnx.Module):
             start, stop: stage names; None is the first and the last.
             rng: dropout key; None turns dropout off. A stage draws the same numbers whatever runs before it.
             deterministic: stages that never use dropout (the frozen ones).
+            remat: a backward pass computes each stage's inner values again, and keeps only what enters it.
         """
         first = self.stages.index(start) if start else 0
         last = self.stages.index(stop) if stop else len(self.stages) - 1
         for index in range(first, last + 1):
             name = self.stages[index]
             key = None if rng is None or name in deterministic else jax.random.fold_in(rng, index)
-            x = getattr(self, name)(x, key)
+            stage = getattr(self, name)
+            x = jax.checkpoint(lambda x, key, stage=stage: stage(x, key))(x, key) if remat else stage(x, key)
         return x
 
 

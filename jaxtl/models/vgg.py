@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxtl.models import layers
+from jaxtl.models import kernels, layers
 from jaxtl.models.stages import Staged
 
 
@@ -100,4 +100,4 @@ class FullyConnected(layers.Dense):
 
     def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         y = super().__call__(x.reshape(x.shape[0], -1))
-        return layers.dropout(jax.nn.relu(y), 0.5, rng) if self.hidden else y.astype(jnp.float32)
+        return kernels.dropout(jax.nn.relu(y), 0.5, rng) if self.hidden else y.astype(jnp.float32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtl.models import layers
+from jaxtl.models import kernels, layers
 from jaxtl.models.stages import Staged
 
 
@@ -55,12 +55,17 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
 
-def vit(config: ViTConfig, *, top: str | None, dtype: jnp.dtype, rngs: nnx.Rngs) -> Staged:
+def vit(config: ViTConfig, *, top: str | None, leading: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs) -> Staged:
     """Builds the backbone: images [batch, size, size, 3] -> tokens [batch, tokens, width], or logits.
+
+    With `leading`, the last block returns only that many of the leading tokens, for what comes after reads no others.
 
     The image size is free where it is a multiple of the patch size, as in transformers.
     """
-    blocks = [(f"block_{i + 1}", Block(config, dtype=dtype, rngs=rngs)) for i in range(config.depth)]
+    blocks = [
+        (f"block_{i + 1}", Block(config, leading if i + 1 == config.depth else None, dtype=dtype, rngs=rngs))
+        for i in range(config.depth)
+    ]
     stages = [
         ("embeddings", Embeddings(config, dtype=dtype, rngs=rngs)),
         *blocks,
@@ -99,13 +104,13 @@ class Embeddings(nnx.Module):
         special = [jnp.broadcast_to(token, (batch, 1, config.width)).astype(self.dtype) for token in special]
         x = jnp.concatenate([*special, x], axis=1)
         position = interpolate_positions(self.position[...], config.special_tokens, (rows, columns))
-        return layers.dropout((x + position).astype(self.dtype), config.hidden_dropout, rng)
+        return kernels.dropout((x + position).astype(self.dtype), config.hidden_dropout, rng)
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block: [batch, tokens, width] -> the same."""
+    """Pre-norm transformer block: [batch, tokens, width] -> the same, or the `leading` tokens of it."""
 
-    def __init__(self, config: ViTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, leading: int | None = None, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         def norm():
             return layers.LayerNorm(config.width, epsilon=config.norm_epsilon, dtype=dtype)
 
@@ -126,6 +131,7 @@ class Block(nnx.Module):
             self.layer_scale1 = nnx.Param(jnp.full(config.width, config.layer_scale, jnp.float32))
             self.layer_scale2 = nnx.Param(jnp.full(config.width, config.layer_scale, jnp.float32))
         self.config = config
+        self.leading = leading
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
@@ -133,12 +139,12 @@ class Block(nnx.Module):
         scaled = self.config.layer_scale is not None
         rate = self.config.hidden_dropout
 
-        y = self.attention(self.norm1(x), attention_rng)
+        y = self.attention(self.norm1(x), attention_rng, reads=self.leading)
         y = y * self.layer_scale1[...] if scaled else y
-        x = (x + layers.dropout(y, rate, rng1)).astype(self.dtype)
+        x = (x[:, : self.leading] + kernels.dropout(y, rate, rng1)).astype(self.dtype)
         y = self.mlp(self.norm2(x))
         y = y * self.layer_scale2[...] if scaled else y
-        return (x + layers.dropout(y, rate, rng2)).astype(self.dtype)
+        return (x + kernels.dropout(y, rate, rng2)).astype(self.dtype)
 
 
 class FinalNorm(layers.LayerNorm):

@@ -31,14 +31,21 @@ class Evaluation:
     Attributes:
         metrics: `jaxtl.evaluation.metrics.classification`; of masked language modelling `accuracy`, `loss` and
             `perplexity`, over the hidden word pieces.
+        examples: their number.
         logits: float32 `[examples, classes]` or `[examples, 1]`, in the order of the examples; None of masked language
             modelling.
-        examples_per_second: speed.
+        seconds: that it took.
     """
 
     metrics: dict[str, Any]
     logits: np.ndarray | None
-    examples_per_second: float
+    examples: int
+    seconds: float
+
+    @property
+    def examples_per_second(self) -> float:
+        """Speed."""
+        return self.examples / self.seconds
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -132,6 +139,6 @@ def evaluator(
             if not np.isfinite(logits).all():
                 raise UserError("the model's answers are not finite: training diverged; lower optim.learning_rate")
             found = metrics.classification(logits, examples.labels, examples.class_names)
-        return Evaluation(found, logits, count / (time.perf_counter() - started))
+        return Evaluation(found, logits, count, time.perf_counter() - started)
 
     return evaluate

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxtl.config import Experiment, Images
 from jaxtl.data import loader, sources
-from jaxtl.data.listing import Examples
 from jaxtl.errors import UserError
 from jaxtl.evaluation import misclassified
 from jaxtl.models import stages
@@ -45,12 +44,13 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         splits = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
     seconds = collections.Counter()
 
-    prepare, start = preparation(this), None
+    prepare, start, once = preparation(this), None, None
     if this.plan.cached:
         begun = time.perf_counter()
-        splits = _compute_once(this, prepare, params, frozen, splits)
-        prepare, start = step.unchanged, this.net.stages[this.net.stages.index(this.plan.boundary) + 1]
+        once = cache.run_prefix(this, prepare, params, frozen, splits)
         seconds["cache"] += time.perf_counter() - begun
+    if once:
+        splits, prepare, start = once.splits, once.prepare, this.start
     train_set, eval_set, *test_sets = splits
 
     state = step.TrainState.create(params, this.optimizer)
@@ -58,7 +58,15 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     frozen_stages = freeze.frozen_stages(this.labels, this.net.stages)
     begun = time.perf_counter()
     train_step = compile_step(
-        step.train_step(this.net.structure, this.optimizer, prepare, frozen_stages, start),
+        step.train_step(
+            this.net.structure,
+            this.optimizer,
+            prepare,
+            frozen_stages,
+            start,
+            accumulate=settings.accumulate_steps,
+            remat=settings.remat == "blocks",
+        ),
         (state, frozen),
         train_set,
         settings.batch_size,
@@ -94,6 +102,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
             recorder.metrics("train_epoch", done, done / this.steps_per_epoch, epoch.meter.figures)
             if number % settings.eval_every == 0 or done == this.steps:
                 held_out = evaluate(state.params, eval_set)
+                seconds["evaluate"] += held_out.seconds
                 recorder.metrics("eval", done, done / this.steps_per_epoch, held_out.figures)
                 say(f"{title}  train {epoch.meter}  held out {held_out}")
                 if settings.select == "last" or kept is None or held_out.better_than(kept.evaluation):
@@ -103,6 +112,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         judged, examples = kept.evaluation, eval_set
         if test_sets:
             judged, examples = evaluate(jax.device_put(kept.params), test_sets[0]), test_sets[0]
+            seconds["evaluate"] += judged.seconds
             say(f"test {judged}")
         checkpoint.save(workdir, kept.step, kept.params)
         if judged.logits is not None:
@@ -131,7 +141,10 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 "seconds_train": seconds["cache"] + seconds["train"],
                 "seconds_per_epoch": (seconds["cache"] + seconds["train"]) * this.steps_per_epoch / this.steps,
                 "seconds_cache": seconds["cache"],
+                "cache": once.origin if once else "off" if this.plan.boundary else None,
+                "cache_bytes": once.bytes if once else 0,
                 "seconds_compile": seconds["compile"],
+                "seconds_evaluate": seconds["evaluate"],
                 "seconds_waiting_for_input": seconds["waiting_for_input"],
                 "seconds_total": time.perf_counter() - started,
                 "peak_memory_bytes": run.peak_memory_bytes(),
@@ -205,24 +218,6 @@ class _EpochReport:
         if number % experiment.train.log_every == 0:
             self._recorder.metrics("train", number, number / self._this.steps_per_epoch, self._line.figures)
             self._line.reset()
-
-
-def _compute_once(
-    this: Setup, prepare: step.Prepare, params: stages.Params, frozen: stages.Params, splits: list[Examples]
-) -> list[Examples]:
-    """Returns the splits with each input replaced by its activations at the freeze boundary."""
-    say(f"stages up to {this.plan.boundary} run once: {this.plan.cache_bytes / 1e9:.2f} GB of activations")
-    batch_size = this.experiment.train.eval_batch_size
-    prefix = step.forward(this.net.structure, prepare, stop=this.plan.boundary)
-    prefix = compile_step(prefix, (params, frozen), splits[0], batch_size, this.lengths)
-
-    def run_prefix(batch: dict[str, Any]) -> Any:
-        return prefix(params, frozen, batch)
-
-    return [
-        cache.fill(run_prefix, split, batch_size, this.lengths, this.activations, name)
-        for split, name in zip(splits, ("training", "held-out", "test"), strict=False)
-    ]
 
 
 def _run_steps(

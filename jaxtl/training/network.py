@@ -84,6 +84,7 @@ def network(experiment: config.Experiment, classes: int, weights: Path | None) -
             classes=classes,
             inputs=inputs,
             precision=experiment.train.precision,
+            prune=experiment.plan.prune,
         )
     except ValueError as error:
         size = f"data.max_length={data.max_length}" if isinstance(data, config.Text) else ""

@@ -5,10 +5,15 @@ activations for an example in every epoch. Where the input is the same too, they
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
 
 from jaxtl.config import Experiment
 from jaxtl.errors import UserError
+from jaxtl.models import stages
 from jaxtl.training import freeze
 
 
@@ -18,15 +23,19 @@ class Plan:
 
     Attributes:
         boundary: the last stage of the frozen prefix; None where the first stage learns.
-        cached: whether the activations after the boundary are computed once and kept in memory.
-        reason: why, or why not.
-        cache_bytes: memory that they take, or would take.
+        cached: whether the activations after the boundary are computed once and kept.
+        reason: why and where, or why not.
+        cache_bytes: space that they take, or would take.
+        mapped: whether they are read from memory-mapped files, being too large for memory.
+        views: augmented views kept of each training image; 0: images as they are.
     """
 
     boundary: str | None
     cached: bool
     reason: str
     cache_bytes: int
+    mapped: bool = False
+    views: int = 0
 
 
 def boundary(labels: Mapping[str, str], stages: Sequence[str]) -> str | None:
@@ -40,19 +49,60 @@ def boundary(labels: Mapping[str, str], stages: Sequence[str]) -> str | None:
     raise ValueError("nothing learns")  # label_params does not let this pass
 
 
+def kept(activations: jax.ShapeDtypeStruct | stages.Sequence, dtype: str) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of what is kept for an example, or, of a `Sequence`, for each of its tokens.
+
+    Args:
+        activations: what the frozen prefix returns for one example, abstract.
+        dtype: `plan.cache_dtype`.
+    """
+    values = stages.values(activations)
+    leading = 2 if isinstance(activations, stages.Sequence) else 1
+    return jax.ShapeDtypeStruct(values.shape[leading:], values.dtype if dtype == "auto" else jnp.dtype(dtype))
+
+
+def cache_bytes(
+    activations: jax.ShapeDtypeStruct | stages.Sequence, examples: int, tokens: int, dtype: str = "auto"
+) -> int:
+    """Returns the bytes that the activations of so many examples, of so many tokens together, take."""
+    row = kept(activations, dtype)
+    rows = tokens if isinstance(activations, stages.Sequence) else examples
+    return rows * math.prod(row.shape) * row.dtype.itemsize
+
+
+def views(experiment: Experiment, passes: float) -> int:
+    """Returns how many views of each training image are kept, if any are; 0: the images as they are.
+
+    Args:
+        experiment: what is asked for.
+        passes: over the training examples, in the whole run. More views than those would never be seen.
+
+    Raises:
+        UserError: `plan.cached_views` where nothing about the input is drawn.
+    """
+    wanted = experiment.plan.cached_views
+    if wanted and _augment(experiment) == "none":
+        what = "data.augment=none" if hasattr(experiment.data, "augment") else "texts are not augmented"
+        raise UserError(f"plan.cached_views={wanted}: there is nothing random to keep views of, {what}; set it to 0")
+    return min(wanted, math.ceil(passes))
+
+
 def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes: float) -> Plan:
     """Returns the plan of an experiment. Pure.
 
     Args:
         experiment: what is asked for.
         boundary: the last stage of the frozen prefix.
-        cache_bytes: memory that the activations after the boundary take, of all examples of all splits.
+        cache_bytes: space that the activations after the boundary take, of all examples of all splits, and all
+            `views` of the training images.
         passes: over the training examples, in the whole run.
 
     Raises:
-        UserError: `plan.cache=on` where that cannot be.
+        UserError: `plan.cache=on` or `plan.cached_views` where that cannot be.
     """
-    settings = experiment.plan
+    settings, drawn = experiment.plan, views(experiment, passes)
+    size = f"{cache_bytes / 1e9:.3g} GB"
+    mapped = cache_bytes > settings.cache_budget_gb * 1e9
     changing = _changes(experiment)
     against = None
     if boundary is None:
@@ -60,21 +110,35 @@ def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes:
     elif settings.cache == "off":
         against = "plan.cache is off"
     elif changing:
-        against = f"{changing} in every epoch"
+        against = changing
     elif passes <= 1 and settings.cache != "on":
         against = "no example is trained on twice"
-    elif cache_bytes > settings.cache_budget_gb * 1e9:
+    elif mapped and cache_bytes > settings.cache_disk_gb * 1e9:
         against = (
-            f"the activations take {cache_bytes / 1e9:.2f} GB, plan.cache_budget_gb is {settings.cache_budget_gb:g}"
+            f"the activations take {size}, plan.cache_budget_gb is {settings.cache_budget_gb:g}, "
+            f"plan.cache_disk_gb is {settings.cache_disk_gb:g}"
         )
     if against and settings.cache == "on":
         raise UserError(f"plan.cache=on is not possible: {against}")
-    return Plan(boundary, against is None, against or "the same activations in every epoch", cache_bytes)
+    if against:
+        return Plan(boundary, False, against, cache_bytes)
+    what = f"{drawn} views of each training image, drawn once" if drawn else "the same activations in every epoch"
+    above = f"a memory-mapped file, being above plan.cache_budget_gb={settings.cache_budget_gb:g}"
+    reason = f"{what}; {size} in {above if mapped else 'memory'}"
+    return Plan(boundary, True, reason, cache_bytes, mapped, drawn)
 
 
 def _changes(experiment: Experiment) -> str | None:
-    """Returns what makes the input of an example another one each time, if anything does."""
+    """Returns what makes the input of an example another one each time, if anything does, and what can be done."""
     if experiment.model.head.kind == "mlm":
-        return "masking changes the input"
-    augment = getattr(experiment.data, "augment", "none")
-    return f"data.augment={augment} changes the input" if augment != "none" else None
+        return "masking changes the input in every epoch"
+    augment = _augment(experiment)
+    if augment == "none" or experiment.plan.cached_views:
+        return None
+    return (
+        f"data.augment={augment} changes the input in every epoch; plan.cached_views=4 keeps four views of each image"
+    )
+
+
+def _augment(experiment: Experiment) -> str:
+    return getattr(experiment.data, "augment", "none")

@@ -15,7 +15,7 @@ from jaxtl.data import buckets, loader, sources, tokens
 from jaxtl.data.listing import Track, no_progress
 from jaxtl.errors import UserError
 from jaxtl.models import stages
-from jaxtl.training import cache, freeze, optim, plan
+from jaxtl.training import freeze, optim, plan
 from jaxtl.training.network import Network, locate, network, tokenizer_folder
 from jaxtl.weights import hub
 
@@ -47,6 +47,11 @@ class Setup:
     lengths: tuple[int, ...] = ()
     tokenizer: Any = None
 
+    @property
+    def start(self) -> str | None:
+        """The stage that training begins with where the plan can be kept to; None: the first."""
+        return self.net.stages[self.net.stages.index(self.plan.boundary) + 1] if self.plan.cached else None
+
 
 def describe(
     experiment: Experiment,
@@ -76,20 +81,23 @@ def describe(
     net = network(experiment, classes, weights)
     labels = freeze.label_params(net.params, experiment.freeze, net.stages)
     boundary = plan.boundary(labels, net.stages)
-    activations, cache_bytes, examples = None, 0, train_examples + other_examples
+    steps_per_epoch = loader.steps_per_epoch(train_examples, settings.batch_size)
+    steps = min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf)
+    passes = steps / steps_per_epoch
+    activations, cache_bytes = None, 0
     if boundary:
 
         def prefix(params: stages.Params, inputs: Any) -> Any:
             return stages.bind(net.structure, params)(inputs, stop=boundary)
 
         activations = jax.eval_shape(prefix, net.params, net.input)
+        examples = train_examples * max(plan.views(experiment, passes), 1) + other_examples
         most = examples * getattr(experiment.data, "max_length", 0)
-        cache_bytes = cache.size(activations, examples, most if token_count is None else token_count)
-    steps_per_epoch = loader.steps_per_epoch(train_examples, settings.batch_size)
-    steps = min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf)
+        tokens_kept = most if token_count is None else token_count
+        cache_bytes = plan.cache_bytes(activations, examples, tokens_kept, experiment.plan.cache_dtype)
     width = getattr(net.config, "width", None)  # a convolutional network has no single one
     optimizer = optim.optimizer(experiment.optim, freeze.trained(labels), steps, width)
-    decided = plan.make(experiment, boundary, cache_bytes, steps / steps_per_epoch)
+    decided = plan.make(experiment, boundary, cache_bytes, passes)
     return Setup(
         experiment, weights, net, labels, steps_per_epoch, steps, activations, decided, optimizer, lengths, tokenizer
     )

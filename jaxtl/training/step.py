@@ -55,6 +55,9 @@ def train_step(
     prepare: Prepare,
     frozen_stages: Collection[str],
     start: str | None = None,
+    *,
+    accumulate: int = 1,
+    remat: bool = False,
 ) -> Callable[[TrainState, stages.Params, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """Returns `step(state, frozen, batch, key) -> (state, figures)`, jitted, the state donated.
 
@@ -67,20 +70,37 @@ def train_step(
         prepare: from a raw batch to one whose input is that of `start`.
         frozen_stages: stages that run without dropout.
         start: the first stage to run; None is the model's first.
+        accumulate: parts that a batch is gone through in, one after the other; the batch must divide.
+        remat: see `stages.Staged`.
     """
 
-    def step(state: TrainState, frozen: stages.Params, raw: Batch, key: jax.Array):
-        prepare_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    def gradients_of(trainable: stages.Params, frozen: stages.Params, raw: Batch, key: jax.Array):
+        """Returns the gradients of the sum of the losses, and the figures."""
+        prepare_key, dropout_key = jax.random.split(key)
         batch = prepare(raw, prepare_key)
 
         def loss_fn(trainable: stages.Params):
             model = stages.bind(structure, {**frozen, **trainable})
-            logits = model(batch["input"], start=start, rng=dropout_key, deterministic=frozen_stages)
+            logits = model(batch["input"], start=start, rng=dropout_key, deterministic=frozen_stages, remat=remat)
             figures = _figures(logits, batch, raw)
-            # At least 1: of texts in which nothing can be hidden there are no answers.
-            return figures[0] / jnp.maximum(figures[2], 1.0), figures
+            return figures[0], figures
 
-        gradients, figures = jax.grad(loss_fn, has_aux=True)(state.params)
+        return jax.grad(loss_fn, has_aux=True)(trainable)
+
+    def step(state: TrainState, frozen: stages.Params, raw: Batch, key: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        if accumulate == 1:
+            gradients, figures = gradients_of(state.params, frozen, raw, key)
+        else:
+
+            def add(totals, part):
+                return jax.tree.map(jnp.add, totals, gradients_of(state.params, frozen, *part)), None
+
+            parts = jax.tree.map(lambda x: _parts(x, accumulate), raw), jax.random.split(key, accumulate)
+            nothing = jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(4, jnp.float32)
+            (gradients, figures), _ = jax.lax.scan(add, nothing, parts)
+        # At least 1: of texts in which nothing can be hidden there are no answers.
+        gradients = jax.tree.map(lambda total: total / jnp.maximum(figures[2], 1.0), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), figures
@@ -90,14 +110,15 @@ def train_step(
 
 def forward(
     structure: nnx.GraphDef, prepare: Prepare, start: str | None = None, stop: str | None = None
-) -> Callable[[stages.Params, stages.Params, Batch], Any]:
-    """Returns `step(trainable, frozen, batch) -> output of stage stop`, jitted, nothing random.
+) -> Callable[..., Any]:
+    """Returns `step(trainable, frozen, batch, key=None) -> output of stage stop`, jitted.
 
-    Of the batch, `input` is enough. Without `stop` the output is the logits: float32 [batch, classes], or [batch, 1].
+    Nothing is random but the preparation, and that only with a key. Of the batch, `input` is enough. Without `stop` the
+    output is the logits: float32 [batch, classes], or [batch, 1].
     """
 
-    def step(trainable: stages.Params, frozen: stages.Params, raw: Batch) -> Any:
-        return stages.bind(structure, {**frozen, **trainable})(prepare(raw, None)["input"], start=start, stop=stop)
+    def step(trainable: stages.Params, frozen: stages.Params, raw: Batch, key: jax.Array | None = None) -> Any:
+        return stages.bind(structure, {**frozen, **trainable})(prepare(raw, key)["input"], start=start, stop=stop)
 
     return jax.jit(_exact(step))
 
@@ -115,6 +136,11 @@ def score(
         return _figures(stages.bind(structure, {**frozen, **trainable})(batch["input"], start=start), batch, raw)
 
     return jax.jit(_exact(step))
+
+
+def _parts(x: jax.Array, count: int) -> jax.Array:
+    """[rows, ..] -> [count, rows / count, ..], each part every `count`-th row: of rows on several devices, from all."""
+    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _figures(logits: jax.Array, batch: Batch, raw: Batch) -> jax.Array:

@@ -173,3 +173,37 @@ def test_shards_of_a_batch_of_texts_have_the_same_length():
     sets = [list(loader.batches(texts([3, 30, 4, 5]), 2, seed=1, lengths=(8, 32), shard=(i, 2))) for i in range(2)]
     for one, other in zip(*sets, strict=True):
         assert one["input"].values.shape == other["input"].values.shape
+
+
+def views(n: int, count: int) -> Examples:
+    """View v of example i has pixels of value 10 v + i."""
+    values = (10 * np.arange(count)[:, None] + np.arange(n)).reshape(-1).astype(np.float32)
+    labels = np.arange(n, dtype=np.int32)
+    names = tuple(map(str, labels))
+    return Examples(np.stack([values] * 2, axis=1), labels, names, names, views=count)
+
+
+def test_each_epoch_goes_over_one_view_in_turn_and_in_the_same_order_as_without_views():
+    taken = list(loader.batches(views(5, 3), 2, seed=7, epochs=7))
+    plain = list(loader.batches(views(5, 1), 2, seed=7, epochs=7))
+    assert len(taken) == 7 * 3
+    for number, (batch, without) in enumerate(zip(taken, plain, strict=True)):
+        view = number // 3 % 3
+        np.testing.assert_array_equal(batch["index"], without["index"])
+        np.testing.assert_array_equal(batch["label"], without["label"])
+        np.testing.assert_array_equal(batch["input"], without["input"] + 10 * view)
+
+
+@pytest.mark.parametrize("taken", [0, 4, 8, 13])
+def test_saved_state_continues_with_the_right_view(taken):
+    def fresh():
+        return loader.batches(views(5, 2), 2, seed=7, epochs=5)
+
+    first, resumed = fresh(), fresh()
+    for _ in range(taken):
+        next(first)
+    resumed.set_state(json.loads(json.dumps(first.get_state())))
+    rest = list(resumed)
+    assert len(rest) == 15 - taken
+    for number, batch in enumerate(rest, taken):
+        assert (batch["input"][:, 0] // 10 == number // 3 % 2).all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtl.models import layers
+from jaxtl.models import kernels, layers
 
 KEY = jax.random.key(0)
 
@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(1000, 1000), (1000, 10, 101)], ids=["even", "odd"])
 def test_dropout_zeroes_at_its_rate_and_keeps_the_expectation(rate, shape):
-    dropped = np.asarray(layers.dropout(jnp.ones(shape), rate, KEY))
+    dropped = np.asarray(kernels.dropout(jnp.ones(shape), rate, KEY))
     count = dropped.size
     # Five standard errors of a proportion over a million draws.
     assert abs((dropped == 0).mean() - rate) < 5 * (rate * (1 - rate) / count) ** 0.5
@@ -23,7 +23,7 @@ def test_dropout_zeroes_at_its_rate_and_keeps_the_expectation(rate, shape):
 
 def test_neighbouring_entries_are_dropped_independently():
     """Two entries share 32 random bits: the halves must not be related, nor the rows."""
-    kept = np.asarray(layers.dropout(jnp.ones((1000, 1000)), 0.5, KEY)) != 0
+    kept = np.asarray(kernels.dropout(jnp.ones((1000, 1000)), 0.5, KEY)) != 0
     for left, right in ((kept[:, :-1:2], kept[:, 1::2]), (kept[:, 1:-1], kept[:, 2:]), (kept[:-1], kept[1:])):
         # Both are kept in a quarter of the cases, five standard errors.
         assert abs((left & right).mean() - 0.25) < 5 * (0.25 * 0.75 / left.size) ** 0.5
@@ -31,16 +31,16 @@ def test_neighbouring_entries_are_dropped_independently():
 
 def test_rates_that_round_to_none_and_to_all():
     x = jnp.ones((4, 5))
-    np.testing.assert_array_equal(layers.dropout(x, 0.0, KEY), x)
-    np.testing.assert_array_equal(layers.dropout(x, 1e-6, KEY), x)
-    np.testing.assert_array_equal(layers.dropout(x, 1.0 - 1e-6, KEY), jnp.zeros_like(x))
-    np.testing.assert_array_equal(layers.dropout(x, 1.0, KEY), jnp.zeros_like(x))
-    np.testing.assert_array_equal(layers.dropout(x, 0.5, None), x)
+    np.testing.assert_array_equal(kernels.dropout(x, 0.0, KEY), x)
+    np.testing.assert_array_equal(kernels.dropout(x, 1e-6, KEY), x)
+    np.testing.assert_array_equal(kernels.dropout(x, 1.0 - 1e-6, KEY), jnp.zeros_like(x))
+    np.testing.assert_array_equal(kernels.dropout(x, 1.0, KEY), jnp.zeros_like(x))
+    np.testing.assert_array_equal(kernels.dropout(x, 0.5, None), x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dropout_keeps_the_dtype(dtype):
-    assert layers.dropout(jnp.ones((4, 5), dtype), 0.3, KEY).dtype == dtype
+    assert kernels.dropout(jnp.ones((4, 5), dtype), 0.3, KEY).dtype == dtype
 
 
 def test_product_with_a_transposed_kernel_is_the_same_in_value_and_gradients():
@@ -50,7 +50,7 @@ def test_product_with_a_transposed_kernel_is_the_same_in_value_and_gradients():
     )
 
     def loss(x, kernel, axis):
-        return jnp.sum(layers.matmul(x, kernel, jnp.float32, axis) * direction)
+        return jnp.sum(kernels.matmul(x, kernel, jnp.float32, axis) * direction)
 
     ours = jax.value_and_grad(loss, (0, 1))(x, kernel.T, 1)
     expected = jax.value_and_grad(lambda x, kernel: jnp.sum(x @ kernel * direction), (0, 1))(x, kernel)

@@ -88,7 +88,7 @@ def test_cache_changes_nothing_but_rounding(tmp_path, rules):
     [
         (["freeze=train_all()"], "first stage learns"),
         (["data.augment=flip"], "changes the input"),
-        (["plan.cache_budget_gb=0.000001"], "plan.cache_budget_gb is 1e-06"),
+        (["plan.cache_budget_gb=0.000001", "plan.cache_disk_gb=0"], "plan.cache_budget_gb is 1e-06"),
     ],
 )
 def test_cache_that_cannot_be_is_refused_when_insisted_on(tmp_path, assignments, reason):

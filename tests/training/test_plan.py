@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtl import config
+from jaxtl.errors import UserError
 from jaxtl.models.stages import Sequence
-from jaxtl.training import cache, freeze, plan
+from jaxtl.training import freeze, plan
 from jaxtl.training.setup import describe
 
 STAGES = ("conv1", "pool1", "conv2", "head")
@@ -42,27 +43,62 @@ def decide(passes=2.0, boundary="block_11", augment="none", **settings):
 
 def test_activations_take_what_arithmetic_says():
     tokens = jax.ShapeDtypeStruct((1, 197, 768), jnp.bfloat16)
-    assert cache.size(tokens, 1_000, 0) == BYTES
+    assert plan.cache_bytes(tokens, 1_000, 0) == BYTES
+    assert plan.cache_bytes(tokens, 1_000, 0, "float32") == 2 * BYTES
     text = Sequence(jax.ShapeDtypeStruct((1, 128, 384), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))
-    assert cache.size(text, 10, 512) == 512 * 384 * 4  # no padding
+    assert plan.cache_bytes(text, 10, 512) == 512 * 384 * 4  # no padding
+    assert plan.cache_bytes(text, 10, 512, "bfloat16") == 512 * 384 * 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "cached", "reason"),
     [
-        ({}, True, "the same activations in every epoch"),
+        ({}, True, "the same activations in every epoch; 0.303 GB in memory"),
         ({"boundary": None}, False, "no frozen prefix"),
         ({"cache": "off"}, False, "plan.cache is off"),
-        ({"augment": "flip"}, False, "changes the input in every epoch"),
+        ({"augment": "flip"}, False, "data.augment=flip changes the input in every epoch; plan.cached_views=4 keeps"),
+        ({"augment": "flip", "cached_views": 3}, True, "2 views of each training image, drawn once"),
+        ({"augment": "flip", "cached_views": 3, "cache": "off"}, False, "plan.cache is off"),
         ({"passes": 1.0}, False, "no example is trained on twice"),
         ({"passes": 1.0, "cache": "on"}, True, "the same activations"),
-        ({"cache_budget_gb": 0.3}, False, "the activations take 0.30 GB"),
+        ({"cache_budget_gb": 0.3}, True, "in a memory-mapped file, being above plan.cache_budget_gb=0.3"),
+        (
+            {"cache_budget_gb": 0.3, "cache_disk_gb": 0.2},
+            False,
+            "the activations take 0.303 GB, plan.cache_budget_gb is 0.3, plan.cache_disk_gb is 0.2",
+        ),
+        ({"cache_disk_gb": 0.0}, True, "in memory"),  # where no file is needed
     ],
 )
 def test_cache_is_used_where_it_pays_and_fits_and_says_why_not(arguments, cached, reason):
     decided = decide(**arguments)
     assert decided.cached == cached
     assert reason in decided.reason
+    assert decided.mapped == (cached and "cache_budget_gb" in arguments)
+    assert decided.views == (2 if cached and "cached_views" in arguments else 0)
+
+
+@pytest.mark.parametrize(("wanted", "passes", "views"), [(0, 5, 0), (3, 5, 3), (5, 5, 5), (6, 5, 5), (4, 1.25, 2)])
+def test_no_more_views_are_kept_than_the_run_sees(wanted, passes, views):
+    chosen = config.override(experiment(cached_views=wanted), ["data.augment=flip"])
+    assert plan.views(chosen, passes) == views
+
+
+@pytest.mark.parametrize("data", [config.Images(), config.Text()], ids=["images", "texts"])
+def test_views_of_what_is_not_augmented_are_refused(data):
+    chosen = config.Experiment(config.Model("vgg19"), data, plan=config.Plan(cached_views=2))
+    with pytest.raises(UserError, match=r"plan\.cached_views=2: there is nothing random to keep views of"):
+        plan.make(chosen, "block_11", BYTES, 2.0)
+
+
+def test_views_of_the_training_images_alone_are_counted():
+    from jaxtl import experiments
+
+    plain = config.override(experiments.load("deit_cifar10_lastblock"), ["data.augment=none"])
+    drawn = config.override(plain, ["data.augment=flip", "plan.cached_views=3", "train.epochs=10"])
+    one, three = (describe(chosen, None, 10, 5_000, 1_000).plan for chosen in (plain, drawn))
+    assert three.views == 3
+    assert three.cache_bytes * 6_000 == one.cache_bytes * (3 * 5_000 + 1_000)
 
 
 def test_study_deit_has_no_prefix_to_skip_and_the_paper_rule_has():

@@ -50,7 +50,7 @@ def bigru(base, tmp_path_factory):
     experiment = change(base, *BIGRU, FROZEN, "train.epochs=10", "train.select=best")
     calls, caches = [], []
     with pytest.MonkeyPatch.context() as patch:
-        make, fill = loop.evaluator, loop.cache.fill
+        make, run_prefix = loop.evaluator, loop.cache.run_prefix
 
         def counted(*arguments):
             evaluate = make(*arguments)
@@ -62,11 +62,12 @@ def bigru(base, tmp_path_factory):
             return call
 
         def kept(*arguments):
-            caches.append(fill(*arguments))
-            return caches[-1]
+            found = run_prefix(*arguments)
+            caches.extend(found.splits)
+            return found
 
         patch.setattr(loop, "evaluator", counted)
-        patch.setattr(loop.cache, "fill", kept)
+        patch.setattr(loop.cache, "run_prefix", kept)
         result = loop.train(experiment, folder)
     return {"folder": folder, "experiment": experiment, "result": result, "calls": calls, "caches": caches}
 
@@ -92,6 +93,7 @@ def pretrained(base, text_folder, tmp_path_factory):
 
 def test_a_dense_layer_and_a_gru_learn_a_rule_that_only_the_words_tell(tuned, bigru):
     """62 test texts, half of each class: 0.85 is 5.5 standard errors above chance; both reach 0.95 or more."""
+    assert (tuned[1]["cache"], tuned[1]["cache_bytes"]) == (None, 0)
     for result in (tuned[1], bigru["result"]):
         assert result["test_examples"] == 62
         assert result["test"]["accuracy"] > 0.85
@@ -202,8 +204,14 @@ def test_cache_changes_nothing_but_rounding(base, tmp_path, monkeypatch, head, b
     (1e-2; a thirtieth of 3e-3).
     """
     caches = []
-    fill = loop.cache.fill
-    monkeypatch.setattr(loop.cache, "fill", lambda *arguments: caches.append(fill(*arguments)) or caches[-1])
+    run_prefix = loop.cache.run_prefix
+
+    def kept(*arguments):
+        found = run_prefix(*arguments)
+        caches.extend(found.splits)
+        return found
+
+    monkeypatch.setattr(loop.cache, "run_prefix", kept)
     experiment = change(base, *head, FROZEN, "data.test=", "data.train_size=64", "train.epochs=2", buckets)
     results = {
         cache: loop.train(change(experiment, f"plan.cache={cache}"), tmp_path / cache) for cache in ("on", "off")

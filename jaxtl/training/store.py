@@ -1,0 +1,188 @@
+"""Arrays kept in a folder for the runs to come, by key: a cache of limited size, which several runs may share.
+
+KEY/array.bin    the raw bytes
+KEY/array.json   shape, dtype, SHA-256 of the bytes, and what they are, in words
+
+An entry is made under a temporary name and renamed, so that what is there under a key is complete; it is checked even
+so when it is opened. There are no locks: a mapped file stays readable when another run has deleted it.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtl import storage
+from jaxtl.progress import say
+
+ARRAY, DESCRIPTION = "array.bin", "array.json"
+_KEY = re.compile("[0-9a-f]{64}")  # whatever else lies in the folder is not ours to delete
+_TEMPORARY = ".jaxtl-"
+# A temporary folder in which nothing was written for so many seconds was left by a run that was killed. Should it be
+# still in use, that run goes on with its deleted file, and only keeps nothing.
+_ABANDONED = 3600.0
+
+
+class Store:
+    """The arrays in one folder."""
+
+    def __init__(self, folder: Path, limit: float):
+        """`limit` is the bytes that all arrays may take together."""
+        self.folder = folder
+        self._limit = limit
+        self._used: set[str] = set()  # never deleted to make room
+
+    def load(self, key: str, shape: tuple[int, ...], dtype: np.dtype, *, mapped: bool) -> np.ndarray | None:
+        """Returns an array that was kept, read-only and memory-mapped or in memory; None where there is none.
+
+        A damaged one is said and removed. One that is sound counts as used now.
+        """
+        entry = self.folder / key
+        if not os.path.isdir(entry):
+            return None
+        try:
+            array = _open(entry, shape, dtype)
+        except (OSError, ValueError) as error:
+            if not os.path.isdir(entry):  # deleted by another run meanwhile
+                return None
+            say(f"damaged cache entry {entry}: {error}; it is removed and computed anew")
+            self._remove(entry)
+            return None
+        self._used.add(key)
+        with contextlib.suppress(OSError):  # a folder for reading alone
+            os.utime(entry)
+        return array if mapped else np.array(array)
+
+    @contextlib.contextmanager
+    def create(
+        self, key: str, shape: tuple[int, ...], dtype: np.dtype, words: Mapping[str, Any]
+    ) -> Iterator["Incomplete"]:
+        """Yields an array to be filled, its space reserved; what is not kept by the end of the `with` block is removed.
+
+        Arrays used longest ago are deleted until all fit the limit.
+
+        Args:
+            key: a SHA-256 in hexadecimal.
+            shape, dtype: of the array.
+            words: what it is, for people who look.
+
+        Raises:
+            OSError: there is no room, or the folder cannot be written to.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_abandoned()
+        self._make_room(size)
+        temporary = self._temporary()
+        temporary.mkdir()
+        try:
+            with (temporary / ARRAY).open("w+b") as file:
+                storage.reserve(file.fileno(), size)
+                array = np.memmap(file, dtype, "r+", shape=shape)
+            yield Incomplete(self, key, temporary, array, words)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _make_room(self, size: int) -> None:
+        entries, taken = [], size
+        for path in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # deleted by another run meanwhile
+                bytes_taken = (path / ARRAY).stat().st_size
+                taken += bytes_taken
+                if _KEY.fullmatch(path.name) and path.name not in self._used:
+                    entries.append((path.stat().st_mtime, bytes_taken, path))
+        if taken - sum(bytes_taken for _, bytes_taken, _ in entries) > self._limit:
+            raise OSError(f"the limit of {self._limit / 1e9:g} GB leaves no room for {size / 1e9:.3g} GB")
+        for _, bytes_taken, path in sorted(entries):
+            if taken <= self._limit:
+                return
+            self._remove(path)
+            taken -= bytes_taken
+
+    def _remove(self, entry: Path) -> None:
+        """Under another name first: half an entry is not to be found."""
+        doomed = self._temporary()
+        with contextlib.suppress(OSError):  # another run was faster, or the folder is for reading alone
+            entry.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _remove_abandoned(self) -> None:
+        for folder in self.folder.glob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > _ABANDONED:
+                    shutil.rmtree(folder)
+
+    def _temporary(self) -> Path:
+        return self.folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+
+
+class Incomplete:
+    """An entry on the way.
+
+    Attributes:
+        array: memory-mapped, to be filled.
+    """
+
+    def __init__(self, store: Store, key: str, folder: Path, array: np.memmap, words: Mapping[str, Any]):
+        self.array = array
+        self._store, self._key, self._folder, self._words = store, key, folder, words
+
+    def keep(self) -> np.ndarray:
+        """Makes the filled array an entry. Returns it, or that of another run which made the same one meanwhile.
+
+        Raises:
+            OSError: it could not be written. The array can still be read.
+        """
+        self.array.flush()
+        description = {
+            "shape": list(self.array.shape),
+            "dtype": self.array.dtype.name,
+            "sha256": _digest(self.array),
+            "holds": self._words,
+        }
+        with (self._folder / DESCRIPTION).open("w", encoding="utf-8") as file:
+            json.dump(description, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        target = self._store.folder / self._key
+        try:
+            self._folder.rename(target)
+        except OSError:
+            theirs = self._store.load(self._key, self.array.shape, self.array.dtype, mapped=True)
+            if theirs is None:
+                raise
+            return theirs
+        self._store._used.add(self._key)
+        return self.array
+
+
+def _open(entry: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    """Returns the array of an entry, checked; raises ValueError, or OSError, where something is wrong with it."""
+    description = json.loads((entry / DESCRIPTION).read_text(encoding="utf-8"))
+    if not isinstance(description, dict):
+        raise ValueError(f"{DESCRIPTION} is no description")
+    expected = {"shape": list(shape), "dtype": dtype.name}
+    found = {name: description.get(name) for name in expected}
+    if found != expected:
+        raise ValueError(f"it holds {found}, not {expected}")
+    size, bytes_expected = (entry / ARRAY).stat().st_size, math.prod(shape) * dtype.itemsize
+    if size != bytes_expected:
+        raise ValueError(f"{ARRAY} has {size} bytes, not {bytes_expected}")
+    array = np.memmap(entry / ARRAY, dtype, "r", shape=shape)
+    if _digest(array) != description.get("sha256"):
+        raise ValueError(f"{ARRAY} is not what was written, by its SHA-256")
+    return array
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()

@@ -1,0 +1,265 @@
+"""Arrays kept in files: what is found is what was written, whatever happens to the files, whoever else is at work."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtl.training.store import ARRAY, DESCRIPTION, Store
+
+SHAPE = (6, 4)
+SIZE = 6 * 4 * 4
+KEYS = tuple(digit * 64 for digit in "0123456789")
+FLOAT32 = np.dtype(np.float32)
+
+
+def values(seed=0):
+    return np.random.default_rng(seed).standard_normal(SIZE // 4).astype(np.float32).reshape(SHAPE)
+
+
+def put(store, key, array):
+    with store.create(key, array.shape, array.dtype, {"of": "a test"}) as entry:
+        entry.array[...] = array
+        entry.keep()
+
+
+def get(store, key, mapped=False):
+    return store.load(key, SHAPE, FLOAT32, mapped=mapped)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_array_comes_back_bit_for_bit(tmp_path, dtype, mapped):
+    array = (values() * 100).astype(jnp.dtype(dtype))
+    put(Store(tmp_path, 1e6), KEYS[0], array)
+    found = Store(tmp_path, 1e6).load(KEYS[0], SHAPE, array.dtype, mapped=mapped)
+    assert found.dtype == array.dtype
+    assert found.tobytes() == array.tobytes()
+    assert isinstance(found, np.memmap) == mapped
+    assert names(tmp_path) == [KEYS[0]]
+    assert get(Store(tmp_path, 1e6), KEYS[1]) is None
+
+
+def truncated(entry):
+    os.truncate(entry / ARRAY, SIZE - 1)
+
+
+def longer(entry):
+    os.truncate(entry / ARRAY, SIZE + 1)
+
+
+def flipped(entry):
+    content = bytearray((entry / ARRAY).read_bytes())
+    content[SIZE // 2] ^= 1
+    (entry / ARRAY).write_bytes(content)
+
+
+def without_array(entry):
+    (entry / ARRAY).unlink()
+
+
+def without_description(entry):
+    (entry / DESCRIPTION).unlink()
+
+
+def described(**changed):
+    def damage(entry):
+        description = json.loads((entry / DESCRIPTION).read_text())
+        (entry / DESCRIPTION).write_text(json.dumps({**description, **changed}))
+
+    return damage
+
+
+def garbage(text):
+    return lambda entry: (entry / DESCRIPTION).write_bytes(text)
+
+
+DAMAGES = {
+    "truncated": truncated,
+    "longer": longer,
+    "flipped": flipped,
+    "no array": without_array,
+    "no description": without_description,
+    "half a description": garbage(b'{"shape": [6'),
+    "a list": garbage(b"[]"),
+    "not text": garbage(b"\xff\xfe\x00"),
+    "other shape": described(shape=[4, 6]),
+    "other dtype": described(dtype="int32"),
+    "no digest": described(sha256=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_entry_is_said_removed_and_made_anew(tmp_path, damage, capsys):
+    put(Store(tmp_path, 1e6), KEYS[0], values())
+    damage(tmp_path / KEYS[0])
+    capsys.readouterr()
+    store = Store(tmp_path, 1e6)
+    assert get(store, KEYS[0]) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"damaged cache entry {tmp_path / KEYS[0]}" in line
+    assert names(tmp_path) == []
+    put(store, KEYS[0], values())
+    np.testing.assert_array_equal(get(store, KEYS[0]), values())
+
+
+def test_error_while_filling_leaves_nothing(tmp_path):
+    with contextlib.suppress(KeyboardInterrupt), Store(tmp_path, 1e6).create(KEYS[0], SHAPE, FLOAT32, {}) as entry:
+        entry.array[:2] = 1
+        assert len(names(tmp_path)) == 1
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def script(folder, body):
+    """Starts a process that has a store, a key, and values to put."""
+    lines = (
+        "import os, pathlib, signal, time, numpy as np",
+        "from jaxtl.training.store import Store",
+        f"folder = pathlib.Path({str(folder)!r}); store = Store(folder, 1e6); key = {KEYS[0]!r}",
+        f"values = np.frombuffer(bytes.fromhex({values().tobytes().hex()!r}), np.float32).reshape({SHAPE})",
+        body,
+    )
+    return subprocess.Popen([sys.executable, "-c", "\n".join(lines)])
+
+
+def test_what_a_killed_run_left_is_no_entry_and_goes_after_an_hour(tmp_path):
+    body = f"""
+with store.create(key, {SHAPE}, np.dtype(np.float32), {{}}) as entry:
+    entry.array[:3] = values[:3]
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert script(tmp_path, body).wait(60) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    store = Store(tmp_path, 1e6)
+    assert get(store, KEYS[0]) is None
+    put(store, KEYS[0], values())
+    assert names(tmp_path) == sorted([left.name, KEYS[0]])  # it might be at work
+    hours_ago = time.time() - 7200
+    os.utime(left, (hours_ago, hours_ago))
+    put(store, KEYS[1], values())
+    assert left.exists()  # its file is written to
+    os.utime(left / ARRAY, (hours_ago, hours_ago))
+    put(store, KEYS[2], values())
+    assert names(tmp_path) == list(KEYS[:3])
+    np.testing.assert_array_equal(get(store, KEYS[0]), values())
+
+
+def test_two_processes_that_make_the_same_entry_at_once_both_get_it_and_one_remains(tmp_path):
+    folder = tmp_path / "store"
+
+    def body(me, other):
+        return f"""
+meet = pathlib.Path({str(tmp_path)!r})
+with store.create(key, {SHAPE}, np.dtype(np.float32), {{}}) as entry:
+    (meet / "{me}").touch()
+    while not (meet / "{other}").exists():
+        time.sleep(0.01)
+    entry.array[...] = values
+    found = entry.keep()
+assert np.array_equal(found, values)
+assert np.array_equal(store.load(key, {SHAPE}, np.dtype(np.float32), mapped=False), values)
+"""
+
+    processes = [script(folder, body("one", "two")), script(folder, body("two", "one"))]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert names(folder) == [KEYS[0]]
+    np.testing.assert_array_equal(get(Store(folder, 1e6), KEYS[0]), values())
+
+
+def test_entry_of_the_run_that_was_faster_is_used(tmp_path):
+    with Store(tmp_path, 1e6).create(KEYS[0], SHAPE, FLOAT32, {}) as entry:
+        entry.array[...] = 0
+        put(Store(tmp_path, 1e6), KEYS[0], values())
+        np.testing.assert_array_equal(entry.keep(), values())
+    assert names(tmp_path) == [KEYS[0]]
+
+
+def test_entries_used_longest_ago_make_room(tmp_path):
+    store = Store(tmp_path, 1e6)
+    for age, key in enumerate(KEYS[:4]):  # the first is the newest
+        put(store, key, values())
+        os.utime(tmp_path / key, (time.time() - 1000 * (age + 1),) * 2)
+    get(Store(tmp_path, 1e6), KEYS[3])  # now it is
+    later = Store(tmp_path, 4 * SIZE)
+    put(later, KEYS[4], values())
+    assert names(tmp_path) == [KEYS[0], KEYS[1], KEYS[3], KEYS[4]]
+    put(later, KEYS[5], values())
+    put(later, KEYS[6], values())
+    assert names(tmp_path) == [KEYS[3], KEYS[4], KEYS[5], KEYS[6]]
+
+
+def test_entries_of_this_run_and_files_of_others_never_make_room(tmp_path):
+    for key in KEYS[:2]:
+        put(Store(tmp_path, 1e6), key, values())
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / ARRAY).write_bytes(bytes(8))
+    os.utime(tmp_path / "thesis", (0, 0))  # older than any entry
+    (tmp_path / "notes").write_text("x")
+    store = Store(tmp_path, 3 * SIZE + 8)
+    get(store, KEYS[0])
+    put(store, KEYS[2], values())
+    with pytest.raises(OSError, match="leaves no room"):
+        put(store, KEYS[3], np.concatenate([values(), values()]))
+    assert names(tmp_path) == [*KEYS[:3], "notes", "thesis"]  # and nothing was deleted in vain
+    put(store, KEYS[3], values())
+    assert names(tmp_path) == [KEYS[0], KEYS[2], KEYS[3], "notes", "thesis"]
+
+
+@pytest.mark.parametrize("limit", [0, SIZE - 1])
+def test_what_is_larger_than_the_limit_is_not_kept(tmp_path, limit):
+    with pytest.raises(OSError, match="leaves no room"):
+        put(Store(tmp_path, limit), KEYS[0], values())
+    assert names(tmp_path) == []
+    put(Store(tmp_path, SIZE), KEYS[0], values())
+
+
+def test_full_disk_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        put(Store(tmp_path, 1e6), KEYS[0], values())
+    assert names(tmp_path) == []
+
+
+def test_folder_that_cannot_be_made_is_an_error_when_writing_and_empty_when_reading(tmp_path):
+    (tmp_path / "file").write_text("x")
+    store = Store(tmp_path / "file" / "store", 1e6)
+    assert get(store, KEYS[0]) is None
+    with pytest.raises(OSError, match="file"):
+        put(store, KEYS[0], values())
+
+
+def test_mapped_array_stays_readable_when_another_run_deletes_it(tmp_path):
+    put(Store(tmp_path, 1e6), KEYS[0], values())
+    found = get(Store(tmp_path, 1e6), KEYS[0], mapped=True)
+    put(Store(tmp_path, SIZE), KEYS[1], values())
+    assert names(tmp_path) == [KEYS[1]]
+    np.testing.assert_array_equal(found, values())
+
+
+def test_folder_deleted_while_filling_loses_the_entry_but_not_the_array(tmp_path):
+    with Store(tmp_path, 1e6).create(KEYS[0], SHAPE, FLOAT32, {}) as entry:
+        entry.array[...] = values()
+        (temporary,) = tmp_path.iterdir()
+        for file in temporary.iterdir():
+            file.unlink()
+        temporary.rmdir()
+        with pytest.raises(FileNotFoundError):
+            entry.keep()
+        np.testing.assert_array_equal(entry.array, values())
+    assert names(tmp_path) == []

@@ -198,7 +198,7 @@ class Train:
         accumulate_steps: a step goes through its batch in so many parts, one after the other, and adds up their
             gradients: less memory, the same step but for dropout and augmentation, which every part draws anew.
         remat: `blocks` keeps of each trained stage only what enters it and computes the rest again when its gradient
-            is needed: less memory, a third more time. Same results.
+            is needed: on GPU and TPU less memory, for a third more time. Same results.
         eval_every: epochs between evaluations; the last one is always evaluated.
         select: which of the evaluated parameters are kept: the `last`, or the `best` on the held-out examples (by
             accuracy, then loss). With `best`, the held-out figures are those of a choice: test on other examples.

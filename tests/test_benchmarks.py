@@ -2,11 +2,15 @@
 
 Each torch peer is trained in float32 from the same weights, head included, as jaxtl, without dropout and with all
 examples in one batch: the order of the examples then does not matter, and the losses after the same number of steps
-must agree to rounding, a mistake in schedule, clipping, decay, rates or what learns does not. Losses agree to 1e-4:
+must agree to rounding, a mistake in schedule, clipping, decay, rates or what learns does not. Losses agree to 5e-5:
 float32 sums over a few thousand terms, through a few steps.
 """
 
+import csv
+import dataclasses
+import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,9 +25,21 @@ from jaxtl.training import freeze
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TOLERANCE = 1e-4
+TOLERANCE = 5e-5
 FINE_TUNING = (("head..", "head"), (".*", "backbone"))
-ADAMW = Optim("adamw", 3e-3, schedule="linear", warmup=0.25, weight_decay=0.5, clip_norm=0.1)
+ADAMW = Optim("adamw", 5e-4, schedule="linear", warmup=0.25, weight_decay=0.5, clip_norm=0.1)
+
+
+def save_lively(model, folder):
+    """Saves a random model with larger weights: its features differ from input to input, as those of a trained one do.
+
+    Else the gradients of its head are rounding errors, which Adam makes as large as any.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +47,15 @@ def dinov2_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-dinov2"
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28)
-    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    save_lively(transformers.Dinov2Model(transformers.Dinov2Config(**sizes)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lively_bert(bert_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "lively-bert"
+    shutil.copytree(bert_folder, folder)
+    save_lively(transformers.BertModel.from_pretrained(bert_folder), folder)
     return folder
 
 
@@ -46,22 +70,37 @@ def vgg19_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def tweets(text_folder, tmp_path_factory):
+    """Twice as many texts of one class as of the other: of equal numbers, the bias has no gradient but rounding."""
+    folder = tmp_path_factory.mktemp("tweets")
+    with (text_folder / "train.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    by_label = {label: [row for row in rows if row[1] == label] for label in ("fake", "real")}
+    for name, kept in (("train", slice(0, 20)), ("val", slice(20, 40))):
+        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(
+                [header, *by_label["fake"][kept], *by_label["real"][kept], *by_label["real"][60:80]]
+            )
+    return folder
+
+
 def images(weights, preset, first, reads, **optim):
-    """The digits 0 to 9, 40 of them, enlarged on the way into the model."""
+    """The digits 0 to 9, twenty of them, enlarged on the way into the model."""
     return Experiment(
         model=Model(preset, str(weights), 28 if reads == "cls" else 32, Head("mlp", reads, hidden=16, dropout=0.0)),
-        data=Images(source="digits", train_size=40, eval_size=30, scale="imagenet" if reads == "cls" else "unit"),
+        data=Images(source="digits", train_size=20, eval_size=25, scale="imagenet" if reads == "cls" else "unit"),
         freeze=freeze.train_from(first),
         optim=Optim(**{"name": "adam", "learning_rate": 1e-3, **optim}),
-        train=Train(epochs=3, batch_size=40, eval_batch_size=16, select="best", eval_every=2),
+        train=Train(epochs=3, batch_size=20, eval_batch_size=10, select="best", eval_every=2),
     )
 
 
-def texts(weights, folder, kind, rules, optim):
+def texts(weights, folder, kind, rules, optim, buckets=1):
     """Sixty short texts of two classes."""
     return Experiment(
         model=Model("from_weights", str(weights), head=Head(kind, "cls" if kind == "fc" else "sequence", 8, 0.0)),
-        data=Text(dir=str(folder), train=("train.csv",), validation="val.csv", train_size=60, max_length=48, buckets=2),
+        data=Text(dir=str(folder), train=("train.csv",), validation="val.csv", max_length=48, buckets=buckets),
         freeze=rules,
         optim=optim,
         train=Train(epochs=4, batch_size=60, eval_batch_size=25, select="last"),
@@ -70,8 +109,6 @@ def texts(weights, folder, kind, rules, optim):
 
 def both(experiment, tmp_path):
     """What jaxtl found, and the peer, from the same weights: their results, and the peer's model."""
-    import importlib
-
     from jaxtl.training import loop
     from jaxtl.training.network import initial_params, locate
     from jaxtl.training.setup import look
@@ -110,10 +147,11 @@ def head_of(params):
 
 def assert_same_work(ours, theirs):
     assert ours["trainable_parameters"] == theirs["trainable_parameters"]
-    for name in ("accuracy", "loss", "train_loss"):
+    for name in ("loss", "train_loss"):
         assert theirs[name] == pytest.approx(ours[name], abs=TOLERANCE), name
+    assert theirs["accuracy"] == pytest.approx(ours["accuracy"], abs=0.041)  # one answer may be a tie
     # Or nothing was learned that a mistake could show in.
-    assert theirs["train_loss"] < theirs["evaluations"][0][1] - 1e-3
+    assert theirs["loss"] < np.log(len(ours["classes"])) - 5e-4
 
 
 def test_dinov2_peer_trains_as_jaxtl_does(dinov2_folder, tmp_path):
@@ -129,7 +167,7 @@ def test_dinov2_peer_trains_as_jaxtl_does(dinov2_folder, tmp_path):
 
 @pytest.mark.slow
 def test_vgg19_peer_trains_as_jaxtl_does(vgg19_file, tmp_path):
-    ours, theirs, _ = both(images(vgg19_file, "vgg19", "block5_conv1", "flatten", learning_rate=1e-4), tmp_path)
+    ours, theirs, _ = both(images(vgg19_file, "vgg19", "block5_conv1", "flatten"), tmp_path)
     assert_same_work(ours, theirs)
 
 
@@ -141,14 +179,12 @@ def test_vgg19_peer_trains_as_jaxtl_does(vgg19_file, tmp_path):
     ],
     ids=["fine-tuning", "frozen, bigru"],
 )
-def test_text_peer_trains_as_jaxtl_does(kind, rules, optim, bert_folder, text_folder, tmp_path):
-    import dataclasses
-
+def test_text_peer_trains_as_jaxtl_does(kind, rules, optim, lively_bert, tweets, tmp_path):
     if rules == FINE_TUNING:
         optim = dataclasses.replace(optim, width=64, multipliers=(("head", 10.0),))
     else:
         optim = dataclasses.replace(optim, schedule="cosine")
-    ours, theirs, model = both(texts(bert_folder, text_folder, kind, rules, optim), tmp_path)
+    ours, theirs, model = both(texts(lively_bert, tweets, kind, rules, optim), tmp_path)
     assert_same_work(ours, theirs)
     assert model.training is False or model.backbone.training is (rules == FINE_TUNING)
 
@@ -253,12 +289,13 @@ def test_table_has_medians_ratios_at_the_same_precision_and_what_is_missing():
     assert [cell.strip() for cell in line.split("│")[3:7]] == ["9.0", "1.0", "10.0", "2.50"]
 
 
-def test_a_crash_of_one_side_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys, bert_folder, text_folder):
-    chosen = texts(bert_folder, text_folder, "fc", freeze.train_head_only(), ADAMW)
+def test_a_crash_of_one_side_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys, lively_bert, tweets):
+    chosen = texts(lively_bert, tweets, "fc", freeze.train_head_only(), ADAMW)
     monkeypatch.setattr(run, "experiment", lambda work, **_: chosen)
 
     def jaxtl_figures(folder, experiment):
-        return a_run("jaxtl", experiment.train.precision, 0, 2.0) | {"seconds_train": 1.0, "seconds_evaluate": 0.5}
+        times = {"seconds_train": 1.0, "seconds_evaluate": 0.5, "seconds_compile": 0.5}
+        return {"accuracy": 0.5, "loss": 1.0, "peak_memory_bytes": 1, "device": "cpu", "versions": {}, **times}
 
     monkeypatch.setattr(run, "jaxtl_figures", jaxtl_figures)
     process = run._process
@@ -288,8 +325,8 @@ def test_a_crash_of_one_side_is_reported_and_the_others_go_on(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_comparison_from_the_command_line(tmp_path, monkeypatch, bert_folder, text_folder):
-    chosen = texts(bert_folder, text_folder, "fc", freeze.train_head_only(), ADAMW)
+def test_a_comparison_from_the_command_line(tmp_path, monkeypatch, lively_bert, tweets):
+    chosen = texts(lively_bert, tweets, "fc", freeze.train_head_only(), ADAMW)
     monkeypatch.setattr(run, "experiment", lambda work, **_: chosen)
     out = tmp_path / "figures.json"
     assert run.main(["text_feature_fc", "--precision", "float32", "--peers", "torch", "--out", str(out)]) == 0

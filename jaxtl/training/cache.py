@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+import jaxtl
 from jaxtl import storage
 from jaxtl.config import Images
 from jaxtl.data import loader
@@ -26,8 +27,6 @@ from jaxtl.training.compiled import compile_step
 from jaxtl.training.setup import Setup
 from jaxtl.training.store import Store
 
-# Of the keys of the files. To be raised when models or preprocessing compute something else than before.
-FORMAT = 1
 # Folded into the seed's key, so that views are drawn by themselves: 1 is that of the training steps.
 _VIEWS_KEY = 2
 _SPLITS = ("training", "held-out", "test")
@@ -196,7 +195,7 @@ def origins(this: Setup, weights: str, examples: Examples, views: int, dtype: np
         preparation |= {"augment": data.augment, "views": views, "seed": experiment.train.seed}
     device = jax.devices()[0]
     return {
-        "format": FORMAT,
+        "code": _code(),
         "weights": weights,
         "architecture": dataclasses.asdict(this.net.config),
         "stages": _prefix(this),
@@ -212,6 +211,14 @@ def origins(this: Setup, weights: str, examples: Examples, views: int, dtype: np
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
         "device": [device.platform, device.device_kind, device.client.platform_version, jax.device_count()],
     }
+
+
+@functools.cache
+def _code() -> str:
+    """Returns a digest of the code that computes activations: another version of it may compute something else."""
+    package = Path(jaxtl.__file__).parent
+    files = (package / "data" / "images.py", *sorted((package / "models").glob("*.py")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _prefix(this: Setup) -> list[str]:

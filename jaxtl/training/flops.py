@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from jaxtl.data import buckets
 from jaxtl.data.listing import Examples, Ragged
@@ -49,7 +50,10 @@ def count(function: Callable, *args: Any) -> int:
         function: traceable.
         args: its arguments, or abstract ones like them.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    # A gradient that nobody asked for is in the program as it was traced, and in none that is compiled.
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(used)
 
 
 def of(this: Setup, splits: list[Any]) -> Flops:

@@ -149,7 +149,7 @@ def _compute(missing: list[_Split], dtype: np.dtype, run: Callable, store: Store
             try:
                 if reserved:
                     array = reserved[number].keep()
-                else:
+                elif this.experiment.plan.cache_disk_gb:
                     with store.create(split.key, split.shape, dtype, split.origins) as entry:
                         entry.array[...] = array
                         entry.keep()

@@ -2,7 +2,7 @@
 
     python -m jaxtl.main --list
     python -m jaxtl.main --experiment=quickstart
-    python -m jaxtl.main --experiment=deit_cifar10 --explain
+    python -m jaxtl.main --experiment=deit_cifar10_lastblock --explain
     python -m jaxtl.main --experiment=deit_cifar10 --set train.epochs=8 --set data.dir=DIR --workdir=runs/longer
     python -m jaxtl.main --experiment=text_csv --set data.train=tweets.csv
     python -m jaxtl.main --experiment=text_csv --mode=eval --set data.test=more_tweets.csv

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,49 +290,34 @@ def test_table_has_medians_ratios_at_the_same_precision_and_what_is_missing():
     assert [cell.strip() for cell in line.split("│")[3:7]] == ["9.0", "1.0", "10.0", "2.50"]
 
 
-def test_a_crash_of_one_side_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys, lively_bert, tweets):
+@pytest.mark.slow
+def test_a_comparison_goes_on_after_a_crash_and_reports_it(tmp_path, monkeypatch, capsys, lively_bert, tweets):
     chosen = texts(lively_bert, tweets, "fc", freeze.train_head_only(), ADAMW)
     monkeypatch.setattr(run, "experiment", lambda work, **_: chosen)
-
-    def jaxtl_figures(folder, experiment):
-        times = {"seconds_train": 1.0, "seconds_evaluate": 0.5, "seconds_compile": 0.5}
-        return {"accuracy": 0.5, "loss": 1.0, "peak_memory_bytes": 1, "device": "cpu", "versions": {}, **times}
-
-    monkeypatch.setattr(run, "jaxtl_figures", jaxtl_figures)
     process = run._process
 
     def broken(python, arguments, environment):
-        if "benchmarks.peers" in arguments:
+        if "benchmarks.peers" in arguments and '"bfloat16"' in Path(arguments[3]).read_text():
             arguments = ["-c", "import sys; print('first', file=sys.stderr); sys.exit('the last line')"]
         process(python, arguments, environment)
 
     monkeypatch.setattr(run, "_process", broken)
     out = tmp_path / "figures.json"
-    status = run.main(
-        ["text_feature_fc", "--peers", "torch", "keras", "--keras-python", "/no/python", "--out", str(out)]
-    )
-    assert status == 1
+    sides = ["--peers", "torch", "keras", "--keras-python", "/no/python", "--precision", "bfloat16", "float32"]
+    assert run.main(["text_feature_fc", *sides, "--out", str(out)]) == 1
     report = json.loads(out.read_text())
     assert [(one["side"], one["precision"], one.get("error")) for one in report["runs"]] == [
-        ("jaxtl", "float32", None),
-        ("torch", "float32", "the last line"),
         ("jaxtl", "bfloat16", None),
         ("torch", "bfloat16", "the last line"),
+        ("jaxtl", "float32", None),
+        ("torch", "float32", None),
     ]
-    assert "/no/python" in report["absent"]["keras"]
-    shown = capsys.readouterr().out
-    assert "torch, float32, seed 0, failed: the last line" in shown
-    assert "keras was not measured" in shown
-
-
-@pytest.mark.slow
-def test_a_comparison_from_the_command_line(tmp_path, monkeypatch, lively_bert, tweets):
-    chosen = texts(lively_bert, tweets, "fc", freeze.train_head_only(), ADAMW)
-    monkeypatch.setattr(run, "experiment", lambda work, **_: chosen)
-    out = tmp_path / "figures.json"
-    assert run.main(["text_feature_fc", "--precision", "float32", "--peers", "torch", "--out", str(out)]) == 0
-    jaxtl, peer = json.loads(out.read_text())["runs"]
+    _, _, jaxtl, peer = report["runs"]
     assert peer["loss"] == pytest.approx(jaxtl["loss"], abs=TOLERANCE)
     for one in (jaxtl, peer):
         assert one["seconds_total"] == one["seconds_train"] + one["seconds_evaluate"] + one["seconds_compile"]
         assert one["peak_memory_bytes"] > 2**26
+    assert "/no/python" in report["absent"]["keras"]
+    shown = capsys.readouterr().out
+    assert "torch, bfloat16, seed 0, failed: the last line" in shown
+    assert "keras was not measured" in shown

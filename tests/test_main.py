@@ -1,5 +1,6 @@
 """The command as people type it: its exit status, and one line for each mistake."""
 
+import json
 import os
 import subprocess
 import sys
@@ -209,6 +210,23 @@ def test_explain_shows_stages_data_and_plan_and_writes_nothing(here, capsys):
     # 12 D^2 + 13 D with D = 64
     assert "49,984" in shown
     assert files(here) == before
+
+
+def test_explain_for_programs_is_json_alone(here, capsys):
+    run("--experiment=nano.py", "--explain=json", '--set=freeze=train_from("block_4")')
+    assert json.loads(capsys.readouterr().out)["plan"]["boundary"] == "block_3"
+
+
+def test_programs_are_compiled_once_for_all_runs(here):
+    def programs():
+        return {path.name for path in (here / "cache" / "programs").glob("*-cache")}
+
+    settings = {"JAXTL_CACHE": str(here / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert shell("--experiment=nano.py", "--workdir=one", **settings).returncode == 0
+    kept = programs()
+    assert kept
+    assert shell("--experiment=nano.py", "--workdir=two", "--set=train.seed=1", **settings).returncode == 0
+    assert programs() == kept
 
 
 def test_explain_of_an_experiment_on_the_hub_needs_no_network(here, capsys, monkeypatch):

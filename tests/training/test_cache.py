@@ -401,7 +401,8 @@ def equal(one, other):
 
 
 def test_training_is_the_same_wherever_the_activations_are(here, tmp_path, monkeypatch):
-    """In memory, mapped, loaded: bit for bit. Without a cache but for rounding, in float32.
+    """In memory, mapped, loaded: bit for bit. Without a cache, or with all of the last block, but for rounding, in
+    float32.
 
     The program of the whole step fuses otherwise than those of its two parts, so that activations differ in their last
     bits. Eight steps of Adam, each normalising its gradient, carry that on: 1e-4 of the largest parameter is a tenth of
@@ -412,6 +413,7 @@ def test_training_is_the_same_wherever_the_activations_are(here, tmp_path, monke
     elsewhere = change(here, MAPPED, f"plan.cache_dir={tmp_path / 'mapped'}")
     mapped = train(elsewhere, tmp_path / "run mapped")
     off = train(change(here, "plan.cache=off"), tmp_path / "off")
+    unpruned = train(change(here, "plan.prune=false"), tmp_path / "unpruned")
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full_disk, raising=False)
         nowhere = train(change(elsewhere, f"plan.cache_dir={tmp_path / 'full'}"), tmp_path / "nowhere")
@@ -431,12 +433,13 @@ def test_training_is_the_same_wherever_the_activations_are(here, tmp_path, monke
         assert equal(same_run[2], computed[2])
     assert nowhere[1] == off[1]
     assert equal(nowhere[2], off[2])
-    for (*place, loss), (*other_place, other_loss) in zip(computed[1], off[1], strict=True):
-        assert place == other_place
-        assert loss == pytest.approx(other_loss, rel=1e-4)
-    for path, value in computed[2].items():
-        if not path.endswith("attention/key/bias"):  # its gradient is zero: Adam makes steps out of rounding alone
-            np.testing.assert_allclose(value, off[2][path], atol=1e-4, err_msg=path)
+    for other in (off, unpruned):
+        for (*place, loss), (*other_place, other_loss) in zip(computed[1], other[1], strict=True):
+            assert place == other_place
+            assert loss == pytest.approx(other_loss, rel=1e-4)
+        for path, value in computed[2].items():
+            if not path.endswith("attention/key/bias"):  # its gradient is zero: Adam makes steps out of rounding alone
+                np.testing.assert_allclose(value, other[2][path], atol=1e-4, err_msg=path)
 
 
 def test_run_on_cached_views_repeats_bit_for_bit_and_tells_what_it_kept(here, tmp_path):

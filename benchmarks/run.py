@@ -130,6 +130,7 @@ def compare(name: str, chosen: Experiment, arguments: argparse.Namespace, report
         report["works"][name] = {
             "title": WORKS[name].title,
             "examples": [len(train_set.labels), len(held_out.labels)],
+            "epochs": chosen.train.epochs,
             "random_weights": chosen.model.weights == config.RANDOM,
         }
         for seed in range(arguments.seeds):

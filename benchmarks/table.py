@@ -69,7 +69,7 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
         title = name
         if about:
             train, held_out = about["examples"]
-            title = f"{name}: {about['title']}; {train:,} examples, {held_out:,} held out"
+            title = f"{name}: {about['title']}; {train:,} examples, {held_out:,} held out, {about['epochs']} epochs"
         rows = medians(runs)
         seeds = max(row["seeds"] for row in rows)
         table = Table(title=title + (f"; medians over {seeds} seeds" if seeds > 1 else ""), title_justify="left")
@@ -94,6 +94,8 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
     for side, reason in report["absent"].items():
         console.print(escape(f"{side} was not measured: {reason}"), soft_wrap=True)
     console.print(_LEGEND + ("" if report["full"] else _SMALL))
+    if report["set"]:
+        console.print(escape(f"With --set {' --set '.join(report['set'])}"))
     console.print(escape(_hardware(report)))
 
 

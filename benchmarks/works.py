@@ -29,7 +29,7 @@ class Work:
     settings: tuple[str, ...] = ()
 
 
-_FEW_IMAGES = ("data.train_size=64", "data.eval_size=32", "train.batch_size=32", "train.eval_batch_size=32")
+_FEW_IMAGES = ("data.train_size=32", "data.eval_size=16", "train.batch_size=16", "train.eval_batch_size=16")
 # One of each class: VGG19 takes longest.
 _FEWER_IMAGES = (
     "data.train_size=10",
@@ -38,28 +38,28 @@ _FEWER_IMAGES = (
     "train.eval_batch_size=10",
     "train.eval_every=5",
 )
-_FEW_TEXTS = ("data.train_size=192", "data.eval_size=96", "train.eval_batch_size=32")
+_FEW_TEXTS = ("data.train_size=64", "data.eval_size=32", "train.eval_batch_size=32")
 # Without the test file: it would be one evaluation of one side only.
 _TEXT_FILES = ("data.train=Constraint_Train.csv", "data.validation=Constraint_Val.csv")
 
 WORKS: dict[str, Work] = {
     "last_block": Work(
         "dinov2_cifar10",
-        "DINOv2-small at 224, block 12 and after learn, CIFAR-10, 4 epochs",
+        "DINOv2-small at 224, block 12 and after learn, CIFAR-10",
         weights="dinov2",
         data="tfds",
         small=_FEW_IMAGES,
     ),
     "vgg19": Work(
         "vgg19_cifar10",
-        "VGG19 at 224, block5_conv1 and after learn, CIFAR-10, 10 epochs",
+        "VGG19 at 224, block5_conv1 and after learn, CIFAR-10",
         weights="vgg19",
         data="tfds",
         small=_FEWER_IMAGES,
     ),
     "text_feature_fc": Work(
         "bert_covid_feature",
-        "frozen BERT, dense layer on [CLS], COVID-19 tweets, 10 epochs",
+        "frozen BERT, dense layer on [CLS], COVID-19 tweets",
         weights="bert",
         data="covid",
         small=_FEW_TEXTS,
@@ -67,7 +67,7 @@ WORKS: dict[str, Work] = {
     ),
     "text_feature_bigru": Work(
         "bert_bigru_covid_feature",
-        "frozen BERT, bidirectional GRU, COVID-19 tweets, 10 epochs",
+        "frozen BERT, bidirectional GRU, COVID-19 tweets",
         weights="bert",
         data="covid",
         small=_FEW_TEXTS,
@@ -75,7 +75,7 @@ WORKS: dict[str, Work] = {
     ),
     "text_finetune": Work(
         "bert_covid_finetune",
-        "BERT and a dense layer on [CLS], everything learns, COVID-19 tweets, 3 epochs",
+        "BERT and a dense layer on [CLS], everything learns, COVID-19 tweets",
         weights="bert",
         data="covid",
         small=_FEW_TEXTS,

@@ -56,16 +56,13 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(spec: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns the product of `x` and a kernel that `spec` names, as `matmul` does: float32, operands cast to `dtype`.
+def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the product that `spec` names as `matmul` does: float32, operands cast to `dtype`, in its gradients too.
 
-    Every index of `spec` is in two of its three terms, so that the gradients are einsums of the same kind.
+    Every index of `spec` is in at least two of its three terms, so that the gradients are einsums of the same kind.
+    Each has the dtype of its operand.
     """
-    return contract(spec, x.astype(dtype), kernel.astype(dtype))
-
-
-def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns `einsum(spec, a, b)` in float32."""
+    a, b = a.astype(dtype), b.astype(dtype)
     if jax.default_backend() == "cpu":
         # XLA's CPU backend has no product of bfloat16 operands in some of the layouts (jax 0.10.2: "Unsupported element
         # type for DotThunk"). Those of float32 copies are the same: bfloat16 products are exact in float32.
@@ -73,16 +70,16 @@ def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _einsum_forward(spec, x, kernel, dtype):
-    return einsum(spec, x, kernel, dtype), (x, kernel)
+def _einsum_forward(spec, a, b, dtype):
+    return einsum(spec, a, b, dtype), (a, b)
 
 
 def _einsum_backward(spec, dtype, saved, gradient):
-    x, kernel = saved
-    of_x, of_kernel, of_result = spec.replace("->", ",").split(",")
-    x_gradient = einsum(f"{of_result},{of_kernel}->{of_x}", gradient, kernel, dtype)
-    kernel_gradient = einsum(f"{of_x},{of_result}->{of_kernel}", x, gradient, dtype)
-    return x_gradient.astype(x.dtype), kernel_gradient.astype(kernel.dtype)
+    a, b = saved
+    of_a, of_b, of_result = spec.replace("->", ",").split(",")
+    a_gradient = einsum(f"{of_result},{of_b}->{of_a}", gradient, b, dtype)
+    b_gradient = einsum(f"{of_a},{of_result}->{of_b}", a, gradient, dtype)
+    return a_gradient.astype(a.dtype), b_gradient.astype(b.dtype)
 
 
 einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -162,10 +159,9 @@ def attention_weights(scores: jax.Array, rng: jax.Array | None, lengths: jax.Arr
 
 def _attend(query, key, value, rng, lengths, rate):
     """`attention` with heads before tokens."""
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = attention_weights(scores / math.sqrt(query.shape[-1]), rng, lengths, rate).astype(query.dtype)
-    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
-    return mixed.astype(query.dtype)
+    scores = einsum("bhqd,bhkd->bhqk", query, key, query.dtype)
+    weights = attention_weights(scores / math.sqrt(query.shape[-1]), rng, lengths, rate)
+    return einsum("bhqk,bhkd->bhqd", weights, value, query.dtype).astype(query.dtype)
 
 
 def _cudnn(query: jax.Array) -> bool:

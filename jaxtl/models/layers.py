@@ -127,10 +127,10 @@ class Attention(nnx.Module):
             return kernel[...].reshape(width, self.heads, -1)
 
         query = self.query(asking).reshape(*asking.shape[:2], self.heads, -1)
-        query = kernels.einsum("brhd,chd->brhc", query, by_head(self.key.kernel), self.dtype).astype(self.dtype)
-        scores = kernels.contract("brhc,btc->bhrt", query, x)
+        query = kernels.einsum("brhd,chd->brhc", query, by_head(self.key.kernel), self.dtype)
+        scores = kernels.einsum("brhc,btc->bhrt", query, x, self.dtype)
         weights = kernels.attention_weights(scores / math.sqrt(width // self.heads), rng, lengths, self.dropout)
-        mixed = kernels.contract("bhrt,btc->brhc", weights.astype(self.dtype), x)
+        mixed = kernels.einsum("bhrt,btc->brhc", weights, x, self.dtype)
         mixed = kernels.einsum("brhc,chd->brhd", mixed, by_head(self.value.kernel), self.dtype)
         if self.value.bias is not None:
             # Dropout leaves weights that do not sum to one.

@@ -1,5 +1,6 @@
 """Activations at the freeze boundary, computed once: by this run, or by an earlier one that left them in files."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -249,15 +250,27 @@ def _fill(array: np.ndarray, split: _Split, run: Callable, this: Setup) -> None:
     passes, steps = max(split.views, 1), loader.steps_per_epoch(count, batch_size)
     batches = loader.batches(split.examples, batch_size, seed=None, epochs=passes, lengths=this.lengths)
     views_key = jax.random.fold_in(jax.random.key(this.experiment.train.seed), _VIEWS_KEY)
+    sent: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
+
+    def write(rows: np.ndarray, outputs: Any) -> None:
+        values = jax.device_get(stages.values(outputs))
+        if not isinstance(outputs, stages.Sequence):
+            array[rows[rows >= 0]] = values[rows >= 0]
+            return
+        for found, row in zip(values, rows, strict=True):
+            if row >= 0:
+                start, stop = split.offsets[row], split.offsets[row + 1]
+                array[start:stop] = found[: stop - start]
+
     for number, batch in enumerate(track(batches, passes * steps, f"frozen stages, {split.name} examples")):
         view, place = divmod(number, steps)
         key = (jax.random.fold_in(jax.random.fold_in(views_key, view), place),) if split.views else ()
-        outputs = jax.device_get(run(jax.device_put(batch), key))
-        values = stages.values(outputs)
-        for found, index in zip(values, batch["index"], strict=True):
-            if index >= 0:
-                start, stop = split.offsets[view * count + index :][:2]
-                array[start:stop] = found[: stop - start] if isinstance(outputs, stages.Sequence) else found
+        rows = np.where(batch["index"] >= 0, view * count + batch["index"], -1)
+        sent.append((rows, run(jax.device_put(batch), key)))
+        if len(sent) > 1:  # the device computes the next batch while this one is written
+            write(*sent.popleft())
+    for one in sent:
+        write(*one)
 
 
 def _with_inputs(split: _Split, array: np.ndarray, activations: Any) -> Examples:

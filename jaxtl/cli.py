@@ -52,12 +52,15 @@ def guarded(run: Callable[[list[str]], None], argv: list[str], interrupted: str)
         if error.errno not in _MENDABLE:
             raise
         fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+    except MemoryError:
+        fail("out of memory; lower plan.cache_budget_gb, data.train_size or train.batch_size")
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for out of memory
             raise
         fail(
-            "out of memory; lower train.batch_size, train.eval_batch_size, plan.cache_budget_gb, model.image_size or "
-            "data.max_length, or set train.precision=bfloat16"
+            "out of memory on the device; raise train.accumulate_steps, set train.remat=blocks or "
+            "train.precision=bfloat16, or lower train.batch_size, train.eval_batch_size, model.image_size or "
+            "data.max_length"
         )
 
 
@@ -66,5 +69,10 @@ def _keep_programs() -> None:
 
     JAX's own variables are respected where they are set; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
+    folder = cache_folder() / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # then every run compiles: nothing that a user must be told
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))

@@ -232,7 +232,9 @@ class Plan:
             the space of a float32 run.
         cached_views: with random augmentation nothing can be kept, unless of so many views of each image, drawn once:
             epoch 1 sees the first, and after the last it begins again. 0: new ones every epoch, nothing kept.
-        prune: of the last block, compute only the tokens that the head reads. Same results.
+            Refused where they cannot be kept.
+        prune: of the last block, compute only the tokens that the head reads. Same results, but for what dropout in
+            that block draws, if it learns.
     """
 
     cache: Literal["auto", "on", "off"] = "auto"

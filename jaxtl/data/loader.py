@@ -15,8 +15,7 @@ from jaxtl.data.listing import Examples, Ragged
 from jaxtl.errors import UserError
 from jaxtl.models.stages import Sequence
 
-# The gather is a copy out of memory or a memory-mapped file. One thread keeps the order of reads in a mapped file
-# sequential, and two batches in advance hide it.
+# The gather is a copy out of memory or a memory-mapped file: one thread and two batches in advance hide it.
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 

@@ -3,8 +3,11 @@
 Operands of products are cast to the compute dtype and accumulate in float32; softmax is float32.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +112,19 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(draws >= dropped, x * (2**16 / (2**16 - dropped)), 0.0).astype(x.dtype)
 
 
+_PLAIN = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Within it, `attention` is traced as the products that define it, on every backend."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
@@ -125,14 +141,14 @@ def attention(
         lengths: int32 [batch], at least 1: tokens beyond have no part in it. None: all have.
         rate: of dropout on the weights.
     """
-    random = rng is not None and rate > 0
-    if not random and _cudnn(query):
+    random, plain = rng is not None and rate > 0, _PLAIN.get()
+    if not random and not plain and _cudnn(query):
         return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
     # Heads before tokens: on a CPU three times as fast as the other way round, elsewhere the same.
     operands = tuple(x.swapaxes(1, 2) for x in (query, key, value))
     batch, tokens, heads, _ = query.shape
     scores = 4 * heads * tokens**2  # bytes, of an example
-    if random or jax.default_backend() != "cpu" or batch * scores <= _SCORES_AT_ONCE:
+    if random or plain or jax.default_backend() != "cpu" or batch * scores <= _SCORES_AT_ONCE:
         mixed = _attend(*operands, rng, lengths, rate)
     else:
         size = max((n for n in range(1, batch + 1) if batch % n == 0 and n * scores <= _SCORES_OF_A_PART), default=1)
@@ -166,11 +182,8 @@ def _attend(query, key, value, rng, lengths, rate):
 
 def _cudnn(query: jax.Array) -> bool:
     """Whether cuDNN's fused attention, which has no float32, takes operands like this one."""
-    width = query.shape[-1]
-    return (
-        jax.default_backend() == "gpu"
-        and "cuda" in jax.devices()[0].client.platform_version
-        and query.dtype in (jnp.bfloat16, jnp.float16)
-        and width % 8 == 0
-        and width <= 128
-    )
+    if jax.default_backend() != "gpu" or query.dtype != jnp.bfloat16:
+        return False
+    device, width = jax.devices()[0], query.shape[-1]
+    capable = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0  # Ampere
+    return capable and width % 8 == 0 and width <= 128

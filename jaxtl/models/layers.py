@@ -76,7 +76,7 @@ class Attention(nnx.Module):
     """Multi-head self-attention (Vaswani et al., 2017): [batch, tokens, width] -> the same.
 
     With `lengths`, int32 [batch] and at least 1, no token takes anything from those beyond its example's length.
-    With `reads`, only the first so many tokens ask: the result is [batch, reads, width].
+    With `leading`, only the first so many tokens ask: the result is [batch, leading, width].
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Attention(nnx.Module):
         x: jax.Array,
         rng: jax.Array | None = None,
         lengths: jax.Array | None = None,
-        reads: int | None = None,
+        leading: int | None = None,
     ) -> jax.Array:
         batch, tokens, width = x.shape
-        if reads is not None:
-            return self.output(self._of_few(x, x[:, :reads], rng, lengths))
+        if leading is not None:
+            return self.output(self._of_few(x, x[:, :leading], rng, lengths))
         query, key, value = (
             y.reshape(batch, tokens, self.heads, -1) for y in (self.query(x), self.key(x), self.value(x))
         )

@@ -1,13 +1,15 @@
 """Activations at the freeze boundary, computed once: by this run, or by an earlier one that left them in files."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +23,10 @@ from jaxtl.config import Images
 from jaxtl.data import loader
 from jaxtl.data.listing import Examples, Ragged
 from jaxtl.errors import UserError
-from jaxtl.models import stages
+from jaxtl.models import presets, stages
 from jaxtl.progress import say, track
 from jaxtl.training import checkpoint, plan, step
-from jaxtl.training.compiled import compile_step
+from jaxtl.training.compiled import behind, compile_step
 from jaxtl.training.setup import Setup
 from jaxtl.training.store import Store
 
@@ -42,12 +44,14 @@ class Activations:
         prepare: for batches of them, see `step.train_step`, from the stage after the boundary on.
         origin: whether this run computed any of them, or found all in files.
         bytes: space that they take.
+        seconds_compile: that compiling the prefix took.
     """
 
     splits: list[Examples]
     prepare: step.Prepare
     origin: Literal["computed", "loaded"]
     bytes: int
+    seconds_compile: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ def run_prefix(
         The activations; None where they are too large for memory and no file can be made: said.
 
     Raises:
-        UserError: that, with `plan.cache=on`.
+        UserError: that, with `plan.cache=on` or `plan.cached_views`.
     """
     settings, boundary = this.experiment.plan, this.plan.boundary
     folder = Path(settings.cache_dir).expanduser() if settings.cache_dir else storage.cache_folder() / "activations"
@@ -104,16 +108,18 @@ def run_prefix(
     if loaded:
         names, size = ", ".join(name for name, _ in loaded), sum(size for _, size in loaded) / 1e9
         say(f"stages up to {boundary} ran before for the {names} examples: {size:.3g} GB of activations from {folder}")
+    prefix = _Prefix(this, prepare, params, frozen, splits[0])
     if missing:
         try:
-            computed = _compute(missing, row.dtype, _compiled(this, prepare, params, frozen, splits[0]), store, this)
+            computed = _compute(missing, row.dtype, prefix, store, this)
         except _NoRoom as error:
             against = (
                 f"the activations take {this.plan.cache_bytes / 1e9:.3g} GB, plan.cache_budget_gb is "
                 f"{settings.cache_budget_gb:g}, and {folder} cannot hold them: {error}"
             )
-            if settings.cache == "on":
-                raise UserError(f"plan.cache=on is not possible: {against}; name another plan.cache_dir") from None
+            asked = "plan.cache=on" if settings.cache == "on" else f"plan.cached_views={settings.cached_views}"
+            if settings.cache == "on" or this.plan.views:
+                raise UserError(f"{asked} is not possible: {against}; name another plan.cache_dir") from None
             say(f"{against}; the frozen stages run in every step")
             return None
         arrays = [computed.pop(0) if array is None else array for array in arrays]
@@ -122,6 +128,7 @@ def run_prefix(
         _preparation(row.dtype, stages.values(this.activations).dtype),
         "computed" if missing else "loaded",
         sum(array.nbytes for array in arrays),
+        prefix.seconds_compile,
     )
 
 
@@ -177,7 +184,7 @@ def _wanted(this: Setup, frozen: stages.Params, splits: list[Examples], row: jax
 
 
 def origins(this: Setup, weights: str, examples: Examples, views: int, dtype: np.dtype) -> dict[str, Any]:
-    """Returns all that the activations of a split depend on, to the last bit, and nothing else; a JSON-like dict.
+    """Returns what the activations of a split depend on, to the last bit as far as that is known; a JSON-like dict.
 
     Args:
         this: the run.
@@ -200,8 +207,7 @@ def origins(this: Setup, weights: str, examples: Examples, views: int, dtype: np
         "weights": weights,
         "architecture": dataclasses.asdict(this.net.config),
         "stages": _prefix(this),
-        "reads": experiment.model.head.reads,  # the last block computes what the head reads, and no more
-        "prune": experiment.plan.prune,
+        "reads": _reads(this),
         "preparation": preparation,
         "precision": experiment.train.precision,
         "dtype": dtype.name,
@@ -209,39 +215,61 @@ def origins(this: Setup, weights: str, examples: Examples, views: int, dtype: np
         "batch_size": experiment.train.eval_batch_size,
         "lengths": list(this.lengths),
         "inputs": checkpoint.digest(raw),
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "device": [device.platform, device.device_kind, device.client.platform_version, jax.device_count()],
+        "host": _processor() if device.platform == "cpu" else "",
+        "flags": [os.environ.get("XLA_FLAGS", ""), jax.config.jax_default_prng_impl],
     }
+
+
+def _reads(this: Setup) -> str | int | None:
+    """Returns what the head reads, as far as the prefix's last stages compute that and no more."""
+    head, prefix = this.experiment.model.head, _prefix(this)
+    if "features" in prefix:
+        return head.reads
+    depth = getattr(this.net.config, "depth", None)
+    if depth is None or this.net.stages[depth] not in prefix or not this.experiment.plan.prune:
+        return None
+    return presets.leading(this.net.config, head.reads)
 
 
 @functools.cache
 def _code() -> str:
-    """Returns a digest of the code that computes activations: another version of it may compute something else."""
+    """Returns a digest of jaxtl's code: another version of it may compute something else."""
     package = Path(jaxtl.__file__).parent
-    files = (package / "data" / "images.py", *sorted((package / "models").glob("*.py")))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))).hexdigest()
+
+
+def _processor() -> str:
+    """Returns the name of the CPU, for which programs are made."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _prefix(this: Setup) -> list[str]:
     return list(this.net.stages[: this.net.stages.index(this.plan.boundary) + 1])
 
 
-def _compiled(
-    this: Setup, prepare: step.Prepare, params: stages.Params, frozen: stages.Params, like: Examples
-) -> Callable[[dict[str, Any], tuple[jax.Array, ...]], Any]:
-    """Returns `run(batch, key)`: the prefix, compiled when it is first called; `key` is empty, or of one key."""
-    prefix = step.forward(this.net.structure, prepare, stop=this.plan.boundary)
-    batch_size = this.experiment.train.eval_batch_size
+class _Prefix:
+    """The frozen stages, compiled when they are first called: (batch, key) -> activations; `key` empty, or of one."""
 
-    @functools.cache
-    def compiled(drawn: bool) -> Callable:
-        key = (jax.random.key(0),) if drawn else ()
-        return compile_step(prefix, (params, frozen), like, batch_size, this.lengths, key)
+    def __init__(
+        self, this: Setup, prepare: step.Prepare, params: stages.Params, frozen: stages.Params, like: Examples
+    ):
+        self.seconds_compile = 0.0
+        self._step = step.forward(this.net.structure, prepare, stop=this.plan.boundary)
+        self._params, self._like, self._this = (params, frozen), like, this
+        self._compiled: dict[int, Callable] = {}
 
-    def run(batch: dict[str, Any], key: tuple[jax.Array, ...]) -> Any:
-        return compiled(bool(key))(params, frozen, batch, *key)
-
-    return run
+    def __call__(self, batch: dict[str, Any], key: tuple[jax.Array, ...]) -> Any:
+        if len(key) not in self._compiled:
+            begun, size = time.perf_counter(), self._this.experiment.train.eval_batch_size
+            self._compiled[len(key)] = compile_step(self._step, self._params, self._like, size, self._this.lengths, key)
+            self.seconds_compile += time.perf_counter() - begun
+        return self._compiled[len(key)](*self._params, batch, *key)
 
 
 def _fill(array: np.ndarray, split: _Split, run: Callable, this: Setup) -> None:
@@ -250,27 +278,23 @@ def _fill(array: np.ndarray, split: _Split, run: Callable, this: Setup) -> None:
     passes, steps = max(split.views, 1), loader.steps_per_epoch(count, batch_size)
     batches = loader.batches(split.examples, batch_size, seed=None, epochs=passes, lengths=this.lengths)
     views_key = jax.random.fold_in(jax.random.key(this.experiment.train.seed), _VIEWS_KEY)
-    sent: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
 
-    def write(rows: np.ndarray, outputs: Any) -> None:
-        values = jax.device_get(stages.values(outputs))
-        if not isinstance(outputs, stages.Sequence):
+    def outputs() -> Iterator[tuple[np.ndarray, Any]]:
+        for number, batch in enumerate(track(batches, passes * steps, f"frozen stages, {split.name} examples")):
+            view, place = divmod(number, steps)
+            key = (jax.random.fold_in(jax.random.fold_in(views_key, view), place),) if split.views else ()
+            rows = np.where(batch["index"] >= 0, view * count + batch["index"], -1)
+            yield rows, run(jax.device_put(batch), key)
+
+    for rows, found in behind(outputs(), 1):
+        values = jax.device_get(stages.values(found))
+        if isinstance(found, stages.Sequence):
+            for value, row in zip(values, rows, strict=True):
+                if row >= 0:
+                    start, stop = split.offsets[row], split.offsets[row + 1]
+                    array[start:stop] = value[: stop - start]
+        else:
             array[rows[rows >= 0]] = values[rows >= 0]
-            return
-        for found, row in zip(values, rows, strict=True):
-            if row >= 0:
-                start, stop = split.offsets[row], split.offsets[row + 1]
-                array[start:stop] = found[: stop - start]
-
-    for number, batch in enumerate(track(batches, passes * steps, f"frozen stages, {split.name} examples")):
-        view, place = divmod(number, steps)
-        key = (jax.random.fold_in(jax.random.fold_in(views_key, view), place),) if split.views else ()
-        rows = np.where(batch["index"] >= 0, view * count + batch["index"], -1)
-        sent.append((rows, run(jax.device_put(batch), key)))
-        if len(sent) > 1:  # the device computes the next batch while this one is written
-            write(*sent.popleft())
-    for one in sent:
-        write(*one)
 
 
 def _with_inputs(split: _Split, array: np.ndarray, activations: Any) -> Examples:

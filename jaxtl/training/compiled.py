@@ -1,14 +1,17 @@
 """Steps compiled before they are needed, for every shape that their batches have."""
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxtl.data.listing import Examples, Ragged
 from jaxtl.models import stages
+
+T = TypeVar("T")
 
 BATCH = 2  # position of the batch among the arguments of every step
 
@@ -36,6 +39,16 @@ def compile_step(
         return by_length[length](*arguments)
 
     return call
+
+
+def behind(sent: Iterable[T], steps: int) -> Iterator[T]:
+    """Yields results some steps after they were asked for: the device has work while the host deals with them."""
+    pending: collections.deque[T] = collections.deque()
+    for result in sent:
+        pending.append(result)
+        if len(pending) > steps:
+            yield pending.popleft()
+    yield from pending
 
 
 def abstract_batch(dataset: Examples, batch_size: int, length: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxtl.evaluation import metrics
 from jaxtl.models import stages
 from jaxtl.progress import track
 from jaxtl.training import step
-from jaxtl.training.compiled import compile_step
+from jaxtl.training.compiled import behind, compile_step
 from jaxtl.training.setup import Setup
 
 # What evaluation hides of a text depends on the text's number alone, so that runs and epochs can be compared.
@@ -121,15 +121,16 @@ def evaluator(
         started, count = time.perf_counter(), len(examples.labels)
         batches = loader.batches(examples, batch_size, seed=None, lengths=this.lengths)
         figures, logits = np.zeros(4), None
-        for batch in track(batches, loader.steps_per_epoch(count, batch_size), "evaluating"):
-            found = np.asarray(compiled(params, frozen, jax.device_put(batch)))
+        shown = track(batches, loader.steps_per_epoch(count, batch_size), "evaluating")
+        sent = ((batch["index"], compiled(params, frozen, jax.device_put(batch))) for batch in shown)
+        for index, found in behind(sent, 1):
+            found = np.asarray(found)
             if hidden:
                 figures += found
                 continue
             if logits is None:
                 logits = np.empty((count, *found.shape[1:]), found.dtype)
-            real = batch["index"] >= 0
-            logits[batch["index"][real]] = found[real]
+            logits[index[index >= 0]] = found[index >= 0]
         if hidden:
             if not figures[2]:
                 raise UserError("nothing of the held-out texts can be hidden: the tokenizer knows no piece of them")

@@ -41,7 +41,7 @@ def explain(chosen: Experiment | Suite, workdir: Path, as_json: bool = False) ->
         members = {}
         for name, member, _ in resolved:
             this, splits = preview(described[name], download=False)
-            members[name] = describe(dataclasses.replace(this, experiment=member), splits, workdir / name)
+            members[name] = describe(this, splits, workdir / name, member)
     if as_json:
         print(json.dumps(members.get("", members), indent=2))
         return
@@ -49,11 +49,17 @@ def explain(chosen: Experiment | Suite, workdir: Path, as_json: bool = False) ->
         _show(name, found)
 
 
-def describe(this: Setup, splits: list[Any], workdir: Path) -> dict[str, Any]:
+def describe(this: Setup, splits: list[Any], workdir: Path, shown: Experiment | None = None) -> dict[str, Any]:
     """Returns all that is shown of a run, as plain data.
 
-    Of the costs, `without` are those of a trainer that differentiates the same parameters, and else runs the whole
-    model in every step.
+    Of the costs, `flops_without` are those of a trainer that differentiates the same parameters, and else runs the
+    whole model in every step.
+
+    Args:
+        this: the run.
+        splits: its examples.
+        workdir: where it would write.
+        shown: the experiment as it was asked for, where it can only be described as another one.
     """
     experiment = this.experiment
     learning, resting = freeze.partition(this.net.params, this.labels)
@@ -69,7 +75,7 @@ def describe(this: Setup, splits: list[Any], workdir: Path) -> dict[str, Any]:
         plan=dataclasses.replace(this.plan, cached=False),
     )
     return {
-        "experiment": dataclasses.asdict(experiment),
+        "experiment": dataclasses.asdict(shown or experiment),
         "stages": by_stage,
         "trained": count(learning),
         "frozen": count(resting),

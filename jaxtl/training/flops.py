@@ -17,7 +17,7 @@ from jax.interpreters import partial_eval
 
 from jaxtl.data import buckets
 from jaxtl.data.listing import Examples, Ragged
-from jaxtl.models import stages
+from jaxtl.models import kernels, stages
 from jaxtl.training import freeze, step
 from jaxtl.training.setup import Setup
 
@@ -27,7 +27,7 @@ class Flops:
     """Floating-point operations.
 
     Attributes:
-        once: of the frozen prefix, for everything that is cached; 0 where nothing is.
+        once: of the frozen prefix, for everything that is cached, unless an earlier run left it; 0 where nothing is.
         step: of a training step; where batches have several lengths, the mean of an epoch.
         epoch: of an epoch's training steps.
         evaluation: of one pass over the held-out examples.
@@ -50,7 +50,8 @@ def count(function: Callable, *args: Any) -> int:
         function: traceable.
         args: its arguments, or abstract ones like them.
     """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    with kernels.plain_attention():  # the same count on every backend
+        jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     # A gradient that nobody asked for is in the program as it was traced, and in none that is compiled.
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(used)
@@ -96,6 +97,8 @@ def of(this: Setup, splits: list[Any]) -> Flops:
     test = forward(splits[2], entering, this.start) if len(splits) == 3 else 0
     each = epoch / this.steps_per_epoch
     evaluations = math.ceil(steps / this.steps_per_epoch / settings.eval_every)
+    if this.experiment.model.head.kind == "mlm":  # before training too
+        evaluations += 1
     return Flops(once, round(each), epoch, evaluation, round(once + each * steps + evaluation * evaluations + test))
 
 

@@ -120,6 +120,8 @@ def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes:
         )
     if against and settings.cache == "on":
         raise UserError(f"plan.cache=on is not possible: {against}")
+    if against and drawn and passes > 1:
+        raise UserError(f"plan.cached_views={settings.cached_views} is not possible: {against}")
     if against:
         return Plan(boundary, False, against, cache_bytes)
     what = f"{drawn} views of each training image, drawn once" if drawn else "the same activations in every epoch"

@@ -28,6 +28,8 @@ from jaxtl.training import checkpoint
 
 EXPERIMENT, METRICS, RESULT = "experiment.json", "metrics.jsonl", "result.json"
 
+# Settings that decide where something is kept, and nothing about the result.
+_WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb")
 _PACKAGES = ("jaxtl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
@@ -52,7 +54,7 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
             done = json.loads(result.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{workdir} holds a damaged run ({error}); --overwrite moves it aside") from None
-        if changed := config.differences(before, experiment):
+        if changed := [name for name in config.differences(before, experiment) if name not in _WITHOUT_EFFECT]:
             raise UserError(
                 f"{workdir} holds a run with other settings ({', '.join(changed)}); give another --workdir, "
                 "or --overwrite to move the old run aside"

@@ -4,10 +4,12 @@ KEY/array.bin    the raw bytes
 KEY/array.json   shape, dtype, SHA-256 of the bytes, and what they are, in words
 
 An entry is made under a temporary name and renamed, so that what is there under a key is complete; it is checked even
-so when it is opened. There are no locks: a mapped file stays readable when another run has deleted it.
+so when it is opened. Whoever writes or maps an array holds a lock on its file: nobody deletes that, and what has no
+owner any more is known at once, however its run ended.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -18,9 +20,14 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from jaxtl import storage
 from jaxtl.progress import say
@@ -28,9 +35,10 @@ from jaxtl.progress import say
 ARRAY, DESCRIPTION = "array.bin", "array.json"
 _KEY = re.compile("[0-9a-f]{64}")  # whatever else lies in the folder is not ours to delete
 _TEMPORARY = ".jaxtl-"
-# A temporary folder in which nothing was written for so many seconds was left by a run that was killed. Should it be
-# still in use, that run goes on with its deleted file, and only keeps nothing.
+# On a file system without locks: a temporary folder in which nothing was written for so many seconds has no owner.
 _ABANDONED = 3600.0
+# Bytes left free on the disk: the run's own results are worth more than what can be computed again.
+_SPARE = 10**9
 
 
 class Store:
@@ -52,11 +60,13 @@ class Store:
             return None
         try:
             array = _open(entry, shape, dtype)
-        except (OSError, ValueError) as error:
-            if not os.path.isdir(entry):  # deleted by another run meanwhile
-                return None
-            say(f"damaged cache entry {entry}: {error}; it is removed and computed anew")
-            self._remove(entry)
+        except (FileNotFoundError, ValueError) as error:
+            if os.path.isdir(entry):  # not deleted by another run meanwhile
+                say(f"damaged cache entry {entry}: {error}; it is removed and computed anew")
+                self._remove(entry)
+            return None
+        except OSError as error:
+            say(f"cache entry {entry} cannot be read: {error.strerror or error}; it is computed anew")
             return None
         self._used.add(key)
         with contextlib.suppress(OSError):  # a folder for reading alone
@@ -83,12 +93,16 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
         self._make_room(size)
+        if shutil.disk_usage(self.folder).free < size + _SPARE:
+            raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB would leave less than {_SPARE / 1e9:g} GB on the disk")
         temporary = self._temporary()
         temporary.mkdir()
         try:
-            with (temporary / ARRAY).open("w+b") as file:
-                storage.reserve(file.fileno(), size)
-                array = np.memmap(file, dtype, "r+", shape=shape)
+            file = (temporary / ARRAY).open("w+b")
+            _lock(file)
+            storage.reserve(file.fileno(), size)
+            array = np.memmap(file, dtype, "r+", shape=shape)
+            array.lock = file  # as long as the array lives
             yield Incomplete(self, key, temporary, array, words)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -99,7 +113,7 @@ class Store:
             with contextlib.suppress(OSError):  # deleted by another run meanwhile
                 bytes_taken = (path / ARRAY).stat().st_size
                 taken += bytes_taken
-                if _KEY.fullmatch(path.name) and path.name not in self._used:
+                if _KEY.fullmatch(path.name) and path.name not in self._used and not _in_use(path):
                     entries.append((path.stat().st_mtime, bytes_taken, path))
         if taken - sum(bytes_taken for _, bytes_taken, _ in entries) > self._limit:
             raise OSError(f"the limit of {self._limit / 1e9:g} GB leaves no room for {size / 1e9:.3g} GB")
@@ -119,7 +133,7 @@ class Store:
     def _remove_abandoned(self) -> None:
         for folder in self.folder.glob(f"{_TEMPORARY}*"):
             with contextlib.suppress(OSError):
-                if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > _ABANDONED:
+                if not _in_use(folder):
                     shutil.rmtree(folder)
 
     def _temporary(self) -> Path:
@@ -163,7 +177,32 @@ class Incomplete:
                 raise
             return theirs
         self._store._used.add(self._key)
-        return self.array
+        kept = self.array.view()
+        kept.setflags(write=False)
+        return kept
+
+
+def _lock(file: BinaryIO) -> None:
+    """Says that an array is in use, until the file is closed; where the file system has no locks, says nothing."""
+    with contextlib.suppress(OSError):
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_SH)  # waits for `_in_use`, a moment
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process writes or maps the array in a folder."""
+    with contextlib.suppress(OSError), (folder / ARRAY).open("r+b") as file:  # no such file, or no locks
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return False
+        except BlockingIOError:
+            return True
+    if not folder.name.startswith(_TEMPORARY):
+        return False
+    with contextlib.suppress(OSError):  # deleted meanwhile
+        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < _ABANDONED
+    return False
 
 
 def _open(entry: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
@@ -175,10 +214,13 @@ def _open(entry: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     found = {name: description.get(name) for name in expected}
     if found != expected:
         raise ValueError(f"it holds {found}, not {expected}")
-    size, bytes_expected = (entry / ARRAY).stat().st_size, math.prod(shape) * dtype.itemsize
+    file = (entry / ARRAY).open("rb")  # closed when the array is gone
+    _lock(file)
+    size, bytes_expected = os.fstat(file.fileno()).st_size, math.prod(shape) * dtype.itemsize
     if size != bytes_expected:
         raise ValueError(f"{ARRAY} has {size} bytes, not {bytes_expected}")
-    array = np.memmap(entry / ARRAY, dtype, "r", shape=shape)
+    array = np.memmap(file, dtype, "r", shape=shape)
+    array.lock = file  # as long as the array lives
     if _digest(array) != description.get("sha256"):
         raise ValueError(f"{ARRAY} is not what was written, by its SHA-256")
     return array

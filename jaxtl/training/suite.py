@@ -91,7 +91,10 @@ def anchored(experiment: Experiment) -> Experiment:
         # Without a folder, the files are in the current one.
         folder = data.dir if data.dir or data.name else str(Path.cwd())
         data = dataclasses.replace(data, dir=folder, tokenizer=absolute(data.tokenizer))
-    return dataclasses.replace(experiment, model=model, data=data)
+    plan = experiment.plan
+    if plan.cache_dir:  # which the run makes, where it is not there yet
+        plan = dataclasses.replace(plan, cache_dir=str(Path(plan.cache_dir).expanduser().absolute()))
+    return dataclasses.replace(experiment, model=model, data=data, plan=plan)
 
 
 def as_describable(members: Sequence[tuple[str, Experiment, str | None]]) -> dict[str, Experiment]:

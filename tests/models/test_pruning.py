@@ -113,7 +113,7 @@ def test_dropout_of_the_weights_falls_on_what_keys_and_values_would_give():
     )
     weights = kernels.attention_weights(query @ keys.swapaxes(2, 3) / 8**0.5, key, lengths, 0.4)
     expected = layer.output((weights @ values).swapaxes(1, 2).reshape(3, 2, 16))
-    np.testing.assert_allclose(layer(x, key, lengths, reads=2), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(layer(x, key, lengths, leading=2), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_last_block_costs_a_fraction():

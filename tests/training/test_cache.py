@@ -152,8 +152,6 @@ def test_origins_are_json():
         dict(dtype=jnp.bfloat16),
         dict(views=1),
         'freeze=train_from("block_4")',
-        "model.head.reads=cls_patches",
-        "plan.prune=False",
         "model.image_size=16",
         "data.scale=half",
         "train.precision=bfloat16",
@@ -174,12 +172,24 @@ def test_origins_tell_what_is_computed_otherwise(changed):
         "train.epochs=7",
         "train.batch_size=4",
         "model.head.hidden=16",
+        "model.head.reads=cls_patches",  # the last block is not in the prefix
+        "plan.prune=False",
         "data.augment=flip",
         "plan.cache_budget_gb=0",
     ],
 )
 def test_origins_do_not_tell_what_makes_no_difference(changed):
     assert origins(changed) == origins()
+
+
+def test_origins_of_a_frozen_backbone_tell_what_the_head_reads():
+    """With the head alone learning, what it reads is kept; where the last norm learns too, the tokens it reads."""
+    alone = "freeze=train_head_only()"
+    assert origins(alone)["reads"] == "cls"
+    assert origins(alone, "model.head.reads=cls_patches")["reads"] == "cls_patches"
+    norm = 'freeze=train_from("norm")'
+    assert origins(norm)["reads"] == 1
+    assert origins(norm, "plan.prune=False")["reads"] is None
 
 
 def test_origins_of_views_tell_how_they_are_drawn():
@@ -210,8 +220,13 @@ def test_origins_tell_the_architecture_and_the_lengths_of_batches(monkeypatch):
     for changed in other:
         assert cache.origins(changed, "digest", examples, 0, np.dtype("float32")) != origins()
     monkeypatch.setattr(cache.metadata, "version", lambda name: "0")
-    assert origins()["versions"] == {"jax": "0", "jaxlib": "0"}
+    assert origins()["versions"] == {"jax": "0", "jaxlib": "0", "flax": "0"}
     monkeypatch.undo()
+    for name, value in (("_code", "other"), ("_processor", "another")):
+        with monkeypatch.context() as patch:
+            before = origins()
+            patch.setattr(cache, name, lambda value=value: value)
+            assert origins() != before
     before = origins()
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert origins() != before

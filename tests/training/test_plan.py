@@ -58,7 +58,7 @@ def test_activations_take_what_arithmetic_says():
         ({"cache": "off"}, False, "plan.cache is off"),
         ({"augment": "flip"}, False, "data.augment=flip changes the input in every epoch; plan.cached_views=4 keeps"),
         ({"augment": "flip", "cached_views": 3}, True, "2 views of each training image, drawn once"),
-        ({"augment": "flip", "cached_views": 3, "cache": "off"}, False, "plan.cache is off"),
+        ({"augment": "flip", "cached_views": 3, "passes": 0.5}, False, "no example is trained on twice"),
         ({"passes": 1.0}, False, "no example is trained on twice"),
         ({"passes": 1.0, "cache": "on"}, True, "the same activations"),
         ({"cache_budget_gb": 0.3}, True, "in a memory-mapped file, being above plan.cache_budget_gb=0.3"),
@@ -82,6 +82,14 @@ def test_cache_is_used_where_it_pays_and_fits_and_says_why_not(arguments, cached
 def test_no_more_views_are_kept_than_the_run_sees(wanted, passes, views):
     chosen = config.override(experiment(cached_views=wanted), ["data.augment=flip"])
     assert plan.views(chosen, passes) == views
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"boundary": None}, {"cache": "off"}, {"cache_budget_gb": 0, "cache_disk_gb": 0}]
+)
+def test_views_that_cannot_be_kept_are_refused(arguments):
+    with pytest.raises(UserError, match=r"plan\.cached_views=2 is not possible: "):
+        decide(augment="flip", cached_views=2, **arguments)
 
 
 @pytest.mark.parametrize("data", [config.Images(), config.Text()], ids=["images", "texts"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -135,7 +136,9 @@ def script(folder, body):
     return subprocess.Popen([sys.executable, "-c", "\n".join(lines)])
 
 
-def test_what_a_killed_run_left_is_no_entry_and_goes_after_an_hour(tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_run_left_is_no_entry_and_makes_room(tmp_path, monkeypatch, locks):
+    """At once, or, where a file system has no locks to tell that it is dead, after an hour."""
     body = f"""
 with store.create(key, {SHAPE}, np.dtype(np.float32), {{}}) as entry:
     entry.array[:3] = values[:3]
@@ -145,6 +148,15 @@ with store.create(key, {SHAPE}, np.dtype(np.float32), {{}}) as entry:
     (left,) = tmp_path.iterdir()
     store = Store(tmp_path, 1e6)
     assert get(store, KEYS[0]) is None
+    if locks:
+        put(store, KEYS[0], values())
+        assert names(tmp_path) == [KEYS[0]]
+        return
+
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without)
     put(store, KEYS[0], values())
     assert names(tmp_path) == sorted([left.name, KEYS[0]])  # it might be at work
     hours_ago = time.time() - 7200
@@ -244,12 +256,43 @@ def test_folder_that_cannot_be_made_is_an_error_when_writing_and_empty_when_read
         put(store, KEYS[0], values())
 
 
-def test_mapped_array_stays_readable_when_another_run_deletes_it(tmp_path):
+def test_array_that_is_mapped_or_written_makes_no_room_until_it_is_let_go(tmp_path):
     put(Store(tmp_path, 1e6), KEYS[0], values())
-    found = get(Store(tmp_path, 1e6), KEYS[0], mapped=True)
-    put(Store(tmp_path, SIZE), KEYS[1], values())
-    assert names(tmp_path) == [KEYS[1]]
-    np.testing.assert_array_equal(found, values())
+    found = get(Store(tmp_path, 1e6), KEYS[0], mapped=True)[1:]
+    with Store(tmp_path, 1e6).create(KEYS[1], SHAPE, FLOAT32, {}) as entry:
+        with pytest.raises(OSError, match="leaves no room"):
+            put(Store(tmp_path, SIZE), KEYS[2], values())
+        entry.array[...] = values()
+        kept = entry.keep()
+    del entry
+    with pytest.raises(OSError, match="leaves no room"):
+        put(Store(tmp_path, 2 * SIZE), KEYS[2], values())
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0, 0] = 1
+    assert names(tmp_path) == [KEYS[0], KEYS[1]]
+    del found, kept
+    put(Store(tmp_path, SIZE), KEYS[2], values())
+    assert names(tmp_path) == [KEYS[2]]
+
+
+def test_entry_that_cannot_be_read_is_left_where_it_is(tmp_path, monkeypatch, capsys):
+    put(Store(tmp_path, 1e6), KEYS[0], values())
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", refuse)
+        assert get(Store(tmp_path, 1e6), KEYS[0]) is None
+    assert "cannot be read: Permission denied; it is computed anew" in capsys.readouterr().err
+    np.testing.assert_array_equal(get(Store(tmp_path, 1e6), KEYS[0]), values())
+
+
+def test_last_gigabyte_of_the_disk_is_left_to_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=10**9 + SIZE - 1))
+    with pytest.raises(OSError, match="would leave less than 1 GB"):
+        put(Store(tmp_path, 1e6), KEYS[0], values())
+    assert names(tmp_path) == []
 
 
 def test_folder_deleted_while_filling_loses_the_entry_but_not_the_array(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+
+# For `benchmarks`, which is not installed. At the end: what is tested is the installed jaxtl, not the checkout's.
+sys.path.append(str(Path(__file__).parent.parent))
 
 
 @pytest.fixture(scope="session")

@@ -193,7 +193,9 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_parameters():
     assert np.abs(half.astype(np.float32) - full).max() < 0.05 * np.abs(full).max()
 
 
-def test_norm_and_softmax_are_computed_in_float32_under_bfloat16():
+def test_norm_and_softmax_are_computed_in_float32_under_bfloat16(monkeypatch):
+    """As traced on an accelerator: on a CPU, attention's bfloat16 operands are widened to float32 first."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     config = presets.PRESETS["vit_nano_patch2_8"]
 
     def build(rngs):

@@ -1,5 +1,6 @@
 """What is shown while work goes on: a bar on a terminal, plain lines elsewhere. All on standard error."""
 
+import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,12 @@ _LINE_EVERY = 10.0  # seconds between plain lines
 def say(text: str) -> None:
     """Prints a line for the person watching."""
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """`say`, the first time that this is said: a suite looks at its data once for every member."""
+    say(text)
 
 
 class Bar:

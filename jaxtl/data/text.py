@@ -20,7 +20,7 @@ from jaxtl import config
 from jaxtl.data import published
 from jaxtl.data.listing import Texts
 from jaxtl.errors import UserError, suggest
-from jaxtl.progress import say
+from jaxtl.progress import say, say_once
 
 _Rows = Iterator[tuple[int, list[Any]]]  # (number, the values of the columns asked for)
 
@@ -129,7 +129,7 @@ def _files(data: config.Text) -> dict[str, list[Path]]:
         paths = [folder / os.path.expanduser(name) for name in names if name]
         missing = next((path for path in paths if not os.path.isfile(path)), None)
         if missing and split == "test" and entry and not (data.train or data.test):
-            say(
+            say_once(
                 f"NO TEST TEXTS: there is no {missing}, so all figures will be those of the validation "
                 f"texts; the file is at {entry.address}"
             )

@@ -287,6 +287,8 @@ def test_only_a_missing_test_file_of_a_published_set_is_no_error_and_is_told_lou
     told = capsys.readouterr().err
     assert "NO TEST TEXTS" in told
     assert "http://example.invalid/" in told
+    text.splits(data)
+    assert capsys.readouterr().err == ""  # once is enough
     assert "data.test: there is no" in problem(text.splits, dataclasses.replace(data, test="test.csv"))
     named = dataclasses.replace(data, train=("train.csv",), test="test.csv")
     assert "data.test: there is no" in problem(text.splits, named)

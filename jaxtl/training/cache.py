@@ -170,7 +170,8 @@ def _compute(missing: list[_Split], dtype: np.dtype, run: Callable, store: Store
 
 
 def _wanted(this: Setup, frozen: stages.Params, splits: list[Examples], row: jax.ShapeDtypeStruct) -> list[_Split]:
-    weights = checkpoint.digest({path: value for path, value in frozen.items() if path.split("/")[0] in _prefix(this)})
+    prefix = _prefix(this)
+    weights = checkpoint.digest({path: value for path, value in frozen.items() if path.partition("/")[0] in prefix})
     found = []
     for number, (examples, name) in enumerate(zip(splits, _SPLITS, strict=False)):
         views = 0 if number else this.plan.views

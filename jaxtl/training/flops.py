@@ -66,15 +66,7 @@ def of(this: Setup, splits: list[Any]) -> Flops:
     """
     settings, steps = this.experiment.train, this.steps
     learning, resting = freeze.partition(this.net.params, this.labels)
-    train = step.train_step(
-        this.net.structure,
-        this.optimizer,
-        step.unchanged,
-        freeze.frozen_stages(this.labels, this.net.stages),
-        this.start,
-        accumulate=settings.accumulate_steps,
-        remat=settings.remat == "blocks",
-    )
+    train = this.train_step(step.unchanged, this.start)
     state = jax.eval_shape(lambda params: step.TrainState.create(params, this.optimizer), learning)
     key = jax.eval_shape(lambda: jax.random.key(0))
 

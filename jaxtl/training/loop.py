@@ -57,18 +57,9 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
 
     state = step.TrainState.create(params, this.optimizer)
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)  # the key itself made the initial values
-    frozen_stages = freeze.frozen_stages(this.labels, this.net.stages)
     begun = time.perf_counter()
     train_step = compile_step(
-        step.train_step(
-            this.net.structure,
-            this.optimizer,
-            prepare,
-            frozen_stages,
-            start,
-            accumulate=settings.accumulate_steps,
-            remat=settings.remat == "blocks",
-        ),
+        this.train_step(prepare, start),
         (state, frozen),
         train_set,
         settings.batch_size,

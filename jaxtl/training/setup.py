@@ -15,7 +15,7 @@ from jaxtl.data import buckets, loader, sources, tokens
 from jaxtl.data.listing import Track, no_progress
 from jaxtl.errors import UserError
 from jaxtl.models import stages
-from jaxtl.training import freeze, optim, plan
+from jaxtl.training import freeze, optim, plan, step
 from jaxtl.training.network import Network, locate, network, tokenizer_folder
 from jaxtl.weights import hub
 
@@ -51,6 +51,19 @@ class Setup:
     def start(self) -> str | None:
         """The stage that training begins with where the plan can be kept to; None: the first."""
         return self.net.stages[self.net.stages.index(self.plan.boundary) + 1] if self.plan.cached else None
+
+    def train_step(self, prepare: step.Prepare, start: str | None) -> Callable:
+        """Returns the training step, see `step.train_step`, of batches that `prepare` makes the input of `start`."""
+        settings = self.experiment.train
+        return step.train_step(
+            self.net.structure,
+            self.optimizer,
+            prepare,
+            freeze.frozen_stages(self.labels, self.net.stages),
+            start,
+            accumulate=settings.accumulate_steps,
+            remat=settings.remat == "blocks",
+        )
 
 
 def describe(

@@ -54,13 +54,7 @@ def published(name):
 def step_of(experiment):
     this = describe(experiment, None, 10 if isinstance(experiment.data, config.Images) else 2, 5_000, 1_000)
     learning, resting = freeze.partition(this.net.params, this.labels)
-    train_step = step.train_step(
-        this.net.structure,
-        this.optimizer,
-        step.unchanged,
-        freeze.frozen_stages(this.labels, this.net.stages),
-        this.start,
-    )
+    train_step = this.train_step(step.unchanged, this.start)
     state = jax.eval_shape(lambda params: step.TrainState.create(params, this.optimizer), learning)
     key = jax.eval_shape(lambda: jax.random.key(0))
     entering = this.activations if this.plan.cached else this.net.input

@@ -1,13 +1,15 @@
 """What the commands share: flags that suggest, and errors that the user can mend in one line, exit status 2."""
 
 import errno
+import logging as standard_logging
 import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from absl import flags
+from absl import flags, logging
 
+from jaxtl import interrupt
 from jaxtl.errors import UserError, suggest
 from jaxtl.storage import cache_folder
 
@@ -35,23 +37,25 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def guarded(run: Callable[[list[str]], None], argv: list[str], interrupted: str) -> None:
-    """Runs `run(argv)`; what the user can mend ends it with one line, Ctrl-C with `interrupted` and status 130."""
+def guarded(run: Callable[[list[str]], None], argv: list[str], again: str) -> None:
+    """Runs `run(argv)`; what the user can mend ends it with one line and status 2.
+
+    Ctrl-C and SIGTERM end it as `jaxtl.interrupt` says, with status 130 and 143; `again` says what to do then.
+    """
     _keep_programs()
     try:
-        run(argv)
+        with interrupt.handled(again):
+            run(argv)
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        print(f"\njaxtl: interrupted; {interrupted}", file=sys.stderr, flush=True)
-        # Not sys.exit: threads of grain and XLA at work when the interpreter is taken down end it with a fault.
-        os._exit(130)
+    except interrupt.Interrupted as signal:
+        interrupt.end(signal.number, again)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
-        fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+        fail(f"{error.filename or 'a file'} cannot be used: {error.strerror}")
     except MemoryError:
         fail("out of memory; lower plan.cache_budget_gb, data.train_size or train.batch_size")
     except Exception as error:
@@ -62,6 +66,13 @@ def guarded(run: Callable[[list[str]], None], argv: list[str], interrupted: str)
             "train.precision=bfloat16, or lower train.batch_size, train.eval_batch_size, model.image_size or "
             "data.max_length"
         )
+
+
+def quiet_libraries() -> None:
+    """Has libraries not report their stages, nor log errors that they raise as well, unless `--verbosity` is given."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.FATAL)
+        standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
 
 
 def _keep_programs() -> None:
@@ -76,3 +87,5 @@ def _keep_programs() -> None:
         return
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
+    # Of a small network every program compiles in less than JAX's second, and all of them in ten.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -203,6 +203,8 @@ class Train:
         select: which of the evaluated parameters are kept: the `last`, or the `best` on the held-out examples (by
             accuracy, then loss). With `best`, the held-out figures are those of a choice: test on other examples.
         log_every: steps between training lines in metrics.jsonl.
+        on_nonfinite: what to do when the loss or a gradient is not finite: `stop` the run, or `skip` that step's update
+            and go on. Either way the parameters stay what they were before it.
     """
 
     epochs: int = 1
@@ -216,6 +218,7 @@ class Train:
     eval_every: int = 1
     select: Literal["last", "best"] = "last"
     log_every: int = 10
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +250,25 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is saved while a run goes on, so that the same command goes on where it was interrupted.
+
+    Attributes:
+        every_minutes: time between checkpoints; 0: none by the clock. One is saved in any case when the run is
+            interrupted by Ctrl-C or SIGTERM, and after the last step.
+        every_steps: training steps between checkpoints; 0: none by their number.
+        keep: checkpoints that are kept, the newest ones.
+        save_frozen: keep the frozen parameters in the run folder too, which can then be used without the weights it
+            started from.
+    """
+
+    every_minutes: float = 10.0
+    every_steps: int = 0
+    keep: int = 2
+    save_frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One training run, whole: everything but the folder it writes to.
 
@@ -262,6 +284,7 @@ class Experiment:
     optim: Optim = Optim()
     train: Train = Train()
     plan: Plan = Plan()
+    checkpoint: Checkpoint = Checkpoint()
     reported: tuple[tuple[str, float], ...] = ()
 
 
@@ -376,6 +399,9 @@ _CHECKS = {
     "plan.cache_budget_gb": _NOT_NEGATIVE,
     "plan.cache_disk_gb": _NOT_NEGATIVE,
     "plan.cached_views": _NOT_NEGATIVE,
+    "checkpoint.every_minutes": _NOT_NEGATIVE,
+    "checkpoint.every_steps": _NOT_NEGATIVE,
+    "checkpoint.keep": _POSITIVE,
     "train.accumulate_steps": _POSITIVE,
     "train.epochs": _POSITIVE,
     "train.max_steps": _POSITIVE,

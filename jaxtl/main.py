@@ -8,16 +8,16 @@
     python -m jaxtl.main --experiment=text_csv --mode=eval --set data.test=more_tweets.csv
 
 An experiment is a small Python file that returns a dataclass; --set replaces single fields of it. The run folder
-holds experiment.json (the resolved experiment), metrics.jsonl, checkpoints/ and result.json. Giving the same command
-again reports a finished run.
+holds experiment.json (the resolved experiment), metrics.jsonl, checkpoints/ and result.json. The same command again
+goes on with a run that was interrupted, and reports a finished one.
 """
 
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from jaxtl.cli import guarded, parser
+from jaxtl.cli import guarded, parser, quiet_libraries
 from jaxtl.errors import UserError
 
 _EXPERIMENT = flags.DEFINE_string(
@@ -30,6 +30,7 @@ _SET = flags.DEFINE_multi_string(
     "path.to.field=value replaces one field of the experiment; repeat for more. In a suite, MEMBER.path.to.field=value "
     "is for one member.",
 )
+_SEED = flags.DEFINE_integer("seed", None, "Short for --set train.seed=N, which fixes all that is random.")
 _LIST = flags.DEFINE_bool("list", False, "Show all experiments: name, what it is, expected result.")
 _EXPLAIN = flags.DEFINE_flag(
     flags.Flag(
@@ -56,22 +57,22 @@ def run(argv: list[str]) -> None:
     from jaxtl.evaluation import compare
     from jaxtl.training import explain, revisit, suite
 
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # libraries report each of their stages
+    quiet_libraries()
     if _LIST.value:
         compare.show(["experiment", "what it is", "expected"], list(experiments.describe_all()))
         return
     if not _EXPERIMENT.value:
         raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
     workdir = _workdir()
+    assignments = [*_SET.value, *([] if _SEED.value is None else [f"train.seed={_SEED.value}"])]
     if _MODE.value == "eval":
         if _EXPLAIN.value != "false" or _OVERWRITE.value:
             raise UserError("--mode=eval goes with neither --explain nor --overwrite")
-        found, split, path = revisit.evaluate(workdir, _SET.value)
+        found, split, path = revisit.evaluate(workdir, assignments)
         compare.show_metrics(found, split)
         print(path)
         return
-    chosen = suite.override(experiments.load(_EXPERIMENT.value), _SET.value)
+    chosen = suite.override(experiments.load(_EXPERIMENT.value), assignments)
     if _EXPLAIN.value != "false":
         explain.explain(chosen, workdir, as_json=_EXPLAIN.value == "json")
     else:
@@ -91,7 +92,12 @@ def _workdir() -> Path:
 
 def main(argv: list[str]) -> None:
     """Runs; see `jaxtl.cli`."""
-    guarded(run, argv, "the same command starts this run anew")
+    again = "the same command goes on from what was saved"
+    if _LIST.value or _EXPLAIN.value != "false" or _MODE.value == "eval":
+        again = "nothing was changed"
+    elif _OVERWRITE.value:
+        again = "the same command without --overwrite goes on from what was saved"
+    guarded(run, argv, again)
 
 
 if __name__ == "__main__":

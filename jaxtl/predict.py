@@ -9,9 +9,9 @@ Texts are read from CSV, TSV, JSON lines, Parquet or .txt files, and answered wi
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from jaxtl.cli import guarded, parser
+from jaxtl.cli import guarded, parser, quiet_libraries
 from jaxtl.errors import UserError
 
 _TEXT = flags.DEFINE_multi_string("text", [], "A text to classify; repeat for more.")
@@ -28,8 +28,7 @@ def run(argv: list[str]) -> None:
     from jaxtl.evaluation import predict
     from jaxtl.storage import written_whole
 
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+    quiet_libraries()
     source = Path(argv[2]).expanduser() if len(argv) == 3 else None
     if source and not source.is_file():
         raise UserError(f"there is no file {source}")
@@ -50,7 +49,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs; see `jaxtl.cli`."""
-    guarded(run, argv, "nothing was written")
+    guarded(run, argv, "not all texts were answered")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def written_whole(path: Path) -> Iterator[TextIO]:
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave an empty file under the new name
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtl import interrupt
 from jaxtl.config import Text
 from jaxtl.data import images, loader, masking, tokens
 from jaxtl.data.listing import Examples
@@ -22,6 +23,8 @@ from jaxtl.training.setup import Setup
 
 # What evaluation hides of a text depends on the text's number alone, so that runs and epochs can be compared.
 _EVALUATION_SEED = 0
+
+_DIVERGED = "the model's answers are not finite: training diverged; lower optim.learning_rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ def evaluator(
         shown = track(batches, loader.steps_per_epoch(count, batch_size), "evaluating")
         sent = ((batch["index"], compiled(params, frozen, jax.device_put(batch))) for batch in shown)
         for index, found in behind(sent, 1):
+            interrupt.check()
             found = np.asarray(found)
             if hidden:
                 figures += found
@@ -134,11 +138,14 @@ def evaluator(
         if hidden:
             if not figures[2]:
                 raise UserError("nothing of the held-out texts can be hidden: the tokenizer knows no piece of them")
-            loss = figures[0] / figures[2]
-            found = {"accuracy": float(figures[1] / figures[2]), "loss": float(loss), "perplexity": math.exp(loss)}
+            loss = float(figures[0] / figures[2])
+            if not math.isfinite(loss):
+                raise UserError(_DIVERGED)
+            perplexity = math.exp(min(loss, 700.0))  # beyond, no float holds it
+            found = {"accuracy": float(figures[1] / figures[2]), "loss": loss, "perplexity": perplexity}
         else:
             if not np.isfinite(logits).all():
-                raise UserError("the model's answers are not finite: training diverged; lower optim.learning_rate")
+                raise UserError(_DIVERGED)
             found = metrics.classification(logits, examples.labels, examples.class_names)
         return Evaluation(found, logits, count, time.perf_counter() - started)
 

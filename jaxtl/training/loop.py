@@ -2,39 +2,124 @@
 
 import collections
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 
+from jaxtl import interrupt
 from jaxtl.config import Experiment, Images
 from jaxtl.data import loader, sources
+from jaxtl.data.listing import Examples, Ragged
 from jaxtl.errors import UserError
 from jaxtl.evaluation import misclassified
 from jaxtl.models import stages
 from jaxtl.progress import Bar, say, track
-from jaxtl.training import cache, checkpoint, freeze, run, step
+from jaxtl.training import cache, checkpoint, freeze, optim, run, step
 from jaxtl.training.compiled import behind, compile_step
 from jaxtl.training.evaluate import Evaluation, evaluator, preparation
 from jaxtl.training.network import TOKENIZER, initial_params, locate
 from jaxtl.training.setup import Setup, count, look
+from jaxtl.training.standing import Kept, Standing
 
 # Steps sent to the device ahead of the one whose metrics are read: enough to keep it busy.
 _AHEAD = 2
+# With train.on_nonfinite=skip: so many steps skipped in a row, and no step will ever do.
+_HOPELESS = 50
 
 
-def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
+def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Trains and evaluates as the experiment says, writes the run folder, and returns what result.json holds.
 
-    Nothing is written before data, weights and rules have been found in order and the steps are compiled.
+    A run there that was interrupted goes on from its last checkpoint, to the same result, bit for bit; of a finished
+    one the result is returned. In a new folder nothing is written before data, weights and rules have been found in
+    order and the steps are compiled.
+
+    Args:
+        experiment: what to do.
+        workdir: the run folder.
+        overwrite: move aside what is in the folder, and start anew.
 
     Raises:
         UserError: something the user can mend.
+        Interrupted: a signal came; what was done is saved.
     """
     started = time.perf_counter()
+    with run.Claim(workdir) as claim:
+        if done := run.finished(workdir, experiment, overwrite):
+            return done
+        saved = checkpoint.load(workdir) if claim.taken and not overwrite else None
+        ready = _prepare(experiment, saved)
+        standing, state, history = Standing(), ready.state, None
+        if saved:
+            try:
+                standing = Standing.from_json(saved.record["standing"], saved.kept or saved.params)
+                history = saved.record["history"]
+                ready.batches.set_state(saved.record["batches"])
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise UserError(
+                    f"the checkpoint of step {saved.step} in {workdir} is of another version of jaxtl or grain: go on "
+                    "with the versions in its environment.json, or --overwrite to start anew"
+                ) from None
+            state = saved.state(state)
+            say(f"going on after step {saved.step} of {ready.this.steps}")
+        standing.seconds.update(ready.seconds)
+        claim.take(anew=overwrite)
+        with (
+            interrupt.deferred(),
+            run.Recorder(workdir, experiment, history) as recorder,
+            checkpoint.Saver(workdir, experiment.checkpoint, saved and saved.step) as saver,
+        ):
+            if ready.this.tokenizer is not None:
+                ready.this.tokenizer.save_pretrained(str(workdir / TOKENIZER))
+            if experiment.checkpoint.save_frozen:
+                checkpoint.write(workdir / checkpoint.FROZEN, ready.frozen)
+            going = _Loop(ready, recorder, saver, standing, state, started)
+            try:
+                going.run()
+                return going.finish(workdir)
+            except interrupt.Interrupted:
+                going.save()
+                saver.wait()
+                raise
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """All that training needs, with nothing trained yet.
+
+    Attributes:
+        state: before the first step.
+        frozen: the other parameters.
+        key: of the whole run, for dropout and augmentation.
+        splits: for training, held out, and for the test where there is one; inputs or activations.
+        train_step, evaluate: compiled.
+        batches: of the whole run.
+        origins: digests of what is not saved with a checkpoint and must still be the same when the run goes on.
+        cache: where the activations came from, and the space they take.
+        seconds: that it took, of `cache` and `compile`.
+    """
+
+    this: Setup
+    state: step.TrainState
+    frozen: stages.Params
+    key: jax.Array
+    splits: list[Examples]
+    train_step: Callable
+    evaluate: Callable[[stages.Params, Examples], Evaluation]
+    batches: grain.DatasetIterator
+    origins: dict[str, str]
+    cache: tuple[str | None, int]
+    seconds: dict[str, float]
+
+
+def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     settings = experiment.train
     this, drawn = look(experiment, locate, track)
     params = initial_params(this.net, experiment.model, this.weights, settings.seed)
@@ -42,6 +127,9 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     splits = drawn
     if isinstance(experiment.data, Images):  # after all that can be wrong with the rest: decoding may take minutes
         splits = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
+    origins = {"frozen": checkpoint.digest(frozen), "examples": _digest(splits)}
+    if saved:
+        _check_origins(saved, origins, experiment)
     seconds = collections.Counter()
 
     prepare, start, once = preparation(this), None, None
@@ -49,195 +137,280 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         begun = time.perf_counter()
         once = cache.run_prefix(this, prepare, params, frozen, splits)
         seconds["cache"] += time.perf_counter() - begun
+    origins["cached"] = str(once is not None)
+    if saved and saved.record["origins"].get("cached") != origins["cached"]:
+        raise UserError(
+            f"the run in this folder began with{'out' if once else ''} kept activations of the frozen stages, which "
+            "its plan now changes, and with it the rounding: put plan.cache_budget_gb, plan.cache_disk_gb and room on "
+            "the disk back to what they were, or --overwrite to start anew"
+        )
     if once:
         seconds["cache"] -= once.seconds_compile
         seconds["compile"] += once.seconds_compile
         splits, prepare, start = once.splits, once.prepare, this.start
-    train_set, eval_set, *test_sets = splits
 
     state = step.TrainState.create(params, this.optimizer)
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)  # the key itself made the initial values
     begun = time.perf_counter()
     train_step = compile_step(
-        this.train_step(prepare, start),
-        (state, frozen),
-        train_set,
-        settings.batch_size,
-        this.lengths,
-        (key,),
+        this.train_step(prepare, start), (state, frozen), splits[0], settings.batch_size, this.lengths, (key,)
     )
-    evaluate = evaluator(this, prepare, start, state.params, frozen, eval_set)
+    evaluate = evaluator(this, prepare, start, state.params, frozen, splits[1])
     seconds["compile"] += time.perf_counter() - begun
     trainable, total = count(state.params), count(this.net.params)
     say(f"compiled in {seconds['compile']:.1f} s; {trainable:,} of {total:,} parameters learn")
-
-    batches = loader.batches(
-        train_set, settings.batch_size, seed=settings.seed, epochs=settings.epochs, lengths=this.lengths
+    return _Ready(
+        this,
+        state,
+        frozen,
+        key,
+        splits,
+        train_step,
+        evaluate,
+        loader.batches(
+            splits[0], settings.batch_size, seed=settings.seed, epochs=settings.epochs, lengths=this.lengths
+        ),
+        origins,
+        (once.origin, once.bytes) if once else ("off" if this.plan.boundary else None, 0),
+        seconds,
     )
-    with run.Recorder(workdir, experiment) as recorder:
-        if this.tokenizer is not None:
-            this.tokenizer.save_pretrained(str(workdir / TOKENIZER))
-        before, kept, done = None, None, 0
-        if experiment.model.head.kind == "mlm":
-            before = evaluate(state.params, eval_set)
-            recorder.metrics("eval", 0, 0.0, before.figures)
+
+
+def _digest(splits: list[Examples]) -> str:
+    """Returns a SHA-256 over which examples there are, in which order, and what class and length each has."""
+    sha256 = hashlib.sha256()
+    for examples in splits:
+        lengths = examples.inputs.lengths if isinstance(examples.inputs, Ragged) else None
+        sha256.update(json.dumps([examples.class_names, examples.ids]).encode())
+        sha256.update(examples.labels.tobytes() + (b"" if lengths is None else lengths.tobytes()))
+    return sha256.hexdigest()
+
+
+def _check_origins(saved: checkpoint.Saved, origins: dict[str, str], experiment: Experiment) -> None:
+    """Raises UserError where weights or data have changed; says where only versions or the machine have."""
+    changed = [name for name, digest in origins.items() if saved.record.get("origins", {}).get(name) != digest]
+    what = {
+        "frozen": f"the weights that model.weights={experiment.model.weights} names",
+        "examples": "the data",
+    }
+    if changed:
+        raise UserError(
+            f"{' and '.join(what[name] for name in changed)} have changed since the run in this folder began: put back "
+            f"what was there at its step {saved.step}, or --overwrite to start anew"
+        )
+    then, now = saved.record.get("environment", {}), run.environment()
+    if differing := [name for name in now if then.get(name) != now[name]]:
+        say(f"{', '.join(differing)} changed since the checkpoint: results may differ in their last bits")
+
+
+class _Loop:
+    """A run under way."""
+
+    def __init__(
+        self,
+        ready: _Ready,
+        recorder: run.Recorder,
+        saver: checkpoint.Saver,
+        standing: Standing,
+        state: step.TrainState,
+        started: float,
+    ):
+        self._ready, self._this = ready, ready.this
+        self._experiment = ready.this.experiment
+        self._recorder, self._saver = recorder, saver
+        self._standing, self._state = standing, state
+        # As though the processes that were interrupted had been this one.
+        self._started = started - standing.seconds["before"]
+
+    def run(self) -> None:
+        """Trains what is left, and saves the state after the last step."""
+        this, standing, settings = self._this, self._standing, self._experiment.train
+        if self._experiment.model.head.kind == "mlm" and standing.before is None:
+            before = self._evaluate(self._state.params)
+            standing.before = before.metrics
+            self._recorder.metrics("eval", 0, 0.0, before.figures)
             say(f"before training  held out {before}")
-        while done < this.steps:
-            number = done // this.steps_per_epoch + 1
-            steps = range(done, min(number * this.steps_per_epoch, this.steps))
-            title = f"epoch {number}/{settings.epochs}"
-            with Bar(title, this.steps, done) as bar:
-                epoch = _EpochReport(this, recorder, bar)
-                state, waited = _run_steps(train_step, state, frozen, key, batches, steps, epoch)
-            done = steps.stop
-            seconds["train"] += epoch.meter.seconds
-            seconds["waiting_for_input"] += waited
-            recorder.metrics("train_epoch", done, done / this.steps_per_epoch, epoch.meter.figures)
-            if number % settings.eval_every == 0 or done == this.steps:
-                held_out = evaluate(state.params, eval_set)
-                seconds["evaluate"] += held_out.seconds
-                recorder.metrics("eval", done, done / this.steps_per_epoch, held_out.figures)
-                say(f"{title}  train {epoch.meter}  held out {held_out}")
-                if settings.select == "last" or kept is None or held_out.better_than(kept.evaluation):
+        last = -(-this.steps // this.steps_per_epoch)
+        while standing.epoch <= last:
+            title = f"epoch {standing.epoch}/{settings.epochs}"
+            with Bar(title, this.steps, standing.step) as bar:
+                self._run_steps(min(standing.epoch * this.steps_per_epoch, this.steps), bar)
+            held_out = None
+            if standing.epoch % settings.eval_every == 0 or standing.epoch == last:
+                held_out = self._evaluate(self._state.params)
+            # Written when nothing of the epoch is left that could be interrupted, and done again.
+            self._record("train_epoch", standing.meter.figures)
+            if held_out:
+                self._record("eval", held_out.figures)
+                say(f"{title}  train {standing.meter}  held out {held_out}")
+                best = standing.kept is None or held_out.better_than(standing.kept.evaluation)
+                if best if settings.select == "best" else standing.epoch == last:
                     # Copied: the next step takes the state's own buffers.
-                    kept = _Kept(done, held_out, jax.tree.map(np.array, state.params))
-        # The test is looked at once, with the parameters that were kept.
+                    params = jax.tree.map(np.array, self._state.params)
+                    standing.kept = Kept(standing.step, held_out, params)
+            standing.close_epoch(last=standing.epoch == last)
+            if standing.epoch > last or self._saver.due(standing.step):
+                self.save()
+
+    def save(self) -> None:
+        """Begins to save the state as it is, unless it is that before the first step."""
+        standing, kept = self._standing, self._standing.kept
+        if not standing.step:
+            return
+        standing.seconds["before"] = time.perf_counter() - self._started
+        self._saver.save(
+            self._state,
+            kept.params if kept and kept.step != standing.step else None,
+            {
+                "standing": standing.to_json(),
+                "batches": self._ready.batches.get_state(),
+                "key": jax.random.key_data(self._ready.key).tolist(),
+                "history": self._recorder.history,
+                "origins": self._ready.origins,
+                "environment": run.environment(),
+            },
+        )
+
+    def finish(self, workdir: Path) -> dict[str, Any]:
+        """Judges what was kept, writes it, and returns what result.json holds."""
+        this, standing, ready = self._this, self._standing, self._ready
+        train_set, eval_set, *test_sets = ready.splits
+        kept, params = standing.kept, jax.device_put(standing.kept.params)
         judged, examples = kept.evaluation, eval_set
-        if test_sets:
-            judged, examples = evaluate(jax.device_put(kept.params), test_sets[0]), test_sets[0]
-            seconds["evaluate"] += judged.seconds
+        if test_sets:  # looked at once, with the parameters that were kept
+            judged, examples = self._evaluate(params, test_sets[0]), test_sets[0]
             say(f"test {judged}")
-        checkpoint.save(workdir, kept.step, kept.params)
+        elif self._experiment.model.head.kind != "mlm" and judged.logits is None:  # of a process that was interrupted
+            judged = self._evaluate(params)
+        self._saver.wait()
+        if self._saver.latest != this.steps:
+            raise UserError(
+                f"{workdir} cannot hold the last checkpoint, see above: make room there and give the same command again"
+            )
+        checkpoint.write(workdir / checkpoint.TRAINED, kept.params)
         if judged.logits is not None:
             misclassified.write(workdir / misclassified.FILE, examples, judged.logits)
-        return recorder.result(
+        seconds = standing.seconds
+        worked = seconds["cache"] + seconds["train"]
+        return self._recorder.result(
             {
                 "accuracy": kept.evaluation.metrics["accuracy"],
                 "loss": kept.evaluation.metrics["loss"],
                 "held_out": kept.evaluation.metrics,
                 "test": judged.metrics if test_sets else None,
-                "before": before.metrics if before else None,
+                "before": standing.before,
                 "selected_step": kept.step,
                 "selected_epoch": kept.step / this.steps_per_epoch,
-                "train_accuracy": epoch.meter.accuracy,
-                "train_loss": epoch.meter.loss,
-                "trainable_parameters": trainable,
-                "total_parameters": total,
+                "train_accuracy": standing.meter.accuracy,
+                "train_loss": standing.meter.loss,
+                "skipped_steps": standing.skipped,
+                "trainable_parameters": count(self._state.params),
+                "total_parameters": count(this.net.params),
                 "train_examples": len(train_set.labels),
                 "eval_examples": len(eval_set.labels),
                 "test_examples": len(test_sets[0].labels) if test_sets else 0,
                 "classes": list(train_set.class_names),
                 "architecture": dataclasses.asdict(this.net.config),
-                "frozen_sha256": checkpoint.digest(frozen),
+                "frozen_sha256": ready.origins["frozen"],
+                "trained_sha256": checkpoint.digest(kept.params),
                 "steps": this.steps,
                 # The frozen prefix is part of the work, although it runs before the first epoch.
-                "seconds_train": seconds["cache"] + seconds["train"],
-                "seconds_per_epoch": (seconds["cache"] + seconds["train"]) * this.steps_per_epoch / this.steps,
+                "seconds_train": worked,
+                "seconds_per_epoch": worked * this.steps_per_epoch / this.steps,
                 "seconds_cache": seconds["cache"],
-                "cache": once.origin if once else "off" if this.plan.boundary else None,
-                "cache_bytes": once.bytes if once else 0,
+                "cache": ready.cache[0],
+                "cache_bytes": ready.cache[1],
                 "seconds_compile": seconds["compile"],
                 "seconds_evaluate": seconds["evaluate"],
                 "seconds_waiting_for_input": seconds["waiting_for_input"],
-                "seconds_total": time.perf_counter() - started,
+                "seconds_total": time.perf_counter() - self._started,
                 "peak_memory_bytes": run.peak_memory_bytes(),
-                "reported": dict(experiment.reported),
+                "reported": dict(self._experiment.reported),
             }
         )
 
+    def _evaluate(self, params: stages.Params, examples: Examples | None = None) -> Evaluation:
+        found = self._ready.evaluate(params, self._ready.splits[1] if examples is None else examples)
+        self._standing.seconds["evaluate"] += found.seconds
+        return found
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Parameters that may become the run's result."""
+    def _record(self, split: str, figures: dict[str, Any]) -> None:
+        done = self._standing.step
+        self._recorder.metrics(split, done, done / self._this.steps_per_epoch, figures)
 
-    step: int
-    evaluation: Evaluation
-    params: stages.Params
+    def _run_steps(self, until: int, bar: Bar) -> None:
+        """Trains up to the step of this number, saving the state on the way when that is due.
 
+        Raises:
+            Interrupted: a signal came.
+        """
+        standing = self._standing
+        standing.meter.go_on()
+        standing.line.go_on()
+        before = standing.meter.seconds
+        while standing.step < until:
+            for done, figures, rows in behind(self._sent(until), _AHEAD):
+                self._report(done, np.asarray(figures, np.float64), rows, bar)
+            standing.seconds["train"] += standing.meter.seconds - before
+            before = standing.meter.seconds
+            interrupt.check()
+            if standing.step < until:
+                self.save()
+                standing.meter.go_on()
+                standing.line.go_on()
+        interrupt.check()
 
-class Meter:
-    """Running means over answers, and the time they took, from creation or `reset` to the last `add`."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts anew."""
-        self._totals, self._started, self.seconds = np.zeros(4), time.perf_counter(), 0.0
-
-    def add(self, figures: np.ndarray) -> None:
-        """Adds [sum of losses, correct answers, answers, examples]."""
-        self._totals += figures
-        self.seconds = time.perf_counter() - self._started
-
-    @property
-    def loss(self) -> float:
-        """Mean loss."""
-        return float(self._totals[0] / max(self._totals[2], 1))
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction of correct answers."""
-        return float(self._totals[1] / max(self._totals[2], 1))
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """Loss, accuracy and speed, for metrics.jsonl."""
-        speed = round(self._totals[3] / self.seconds, 2)
-        return {"loss": self.loss, "accuracy": self.accuracy, "examples_per_second": speed}
-
-    def __str__(self) -> str:
-        speed = self._totals[3] / self.seconds
-        return f"loss {self.loss:.4f} accuracy {self.accuracy:.4f} {speed:.{0 if speed >= 10 else 1}f} examples/s"
-
-
-class _EpochReport:
-    """Takes the metrics of each step of an epoch: to the bar, to metrics.jsonl, and into `meter`."""
-
-    def __init__(self, this: Setup, recorder: run.Recorder, bar: Bar):
-        self.meter, self._line = Meter(), Meter()
-        self._this, self._recorder, self._bar = this, recorder, bar
-
-    def __call__(self, number: int, figures: np.ndarray) -> None:
-        experiment = self._this.experiment
-        if not np.isfinite(figures[0]):
-            raise UserError(
-                f"the loss is not finite at step {number}; "
-                f"try a lower optim.learning_rate than {experiment.optim.learning_rate}"
-            )
-        self.meter.add(figures)
-        self._line.add(figures)
-        self._bar.advance(note=str(self.meter))
-        if number % experiment.train.log_every == 0:
-            self._recorder.metrics("train", number, number / self._this.steps_per_epoch, self._line.figures)
-            self._line.reset()
-
-
-def _run_steps(
-    train_step: Callable,
-    state: step.TrainState,
-    frozen: stages.Params,
-    key: jax.Array,
-    batches: Iterator[dict[str, Any]],
-    numbers: range,
-    report: Callable[[int, np.ndarray], None],
-) -> tuple[step.TrainState, float]:
-    """Runs the steps of these numbers, `report`ing each (number from 1, figures) a little after it was sent off.
-
-    Returns:
-        The new state, and the seconds spent waiting for input.
-    """
-    waited = 0.0
-
-    def sent() -> Iterator[tuple[int, jax.Array]]:
-        nonlocal state, waited
-        for number in numbers:
+    def _sent(self, until: int) -> Iterator[tuple[int, jax.Array, np.ndarray]]:
+        """Sends steps to the device until one of that number, or until there is something else to do."""
+        ready, done = self._ready, self._standing.step
+        while done < until:
             asked = time.perf_counter()
-            batch = jax.device_put(next(batches))
-            waited += time.perf_counter() - asked
-            state, figures = train_step(state, frozen, batch, key)
-            yield number + 1, figures
+            host = next(ready.batches)
+            batch = jax.device_put(host)
+            self._standing.seconds["waiting_for_input"] += time.perf_counter() - asked
+            self._state, figures = ready.train_step(self._state, ready.frozen, batch, ready.key)
+            done += 1
+            yield done, figures, host["index"]
+            if interrupt.asked() or self._saver.due(done):
+                return
 
-    for number, figures in behind(sent(), _AHEAD):
-        report(number, np.asarray(figures, np.float64))
-    return state, waited
+    def _report(self, done: int, figures: np.ndarray, rows: np.ndarray, bar: Bar) -> None:
+        """Takes in the figures of a step that is done: to the bar, to metrics.jsonl, and into the means."""
+        standing = self._standing
+        standing.step = done
+        if figures[4]:
+            self._not_finite(figures[0] / max(figures[2], 1), rows)
+        else:
+            standing.skipped_in_a_row = 0
+            standing.meter.add(figures[:4])
+            standing.line.add(figures[:4])
+        bar.advance(note=str(standing.meter))
+        if done % self._experiment.train.log_every == 0:
+            self._record("train", standing.line.figures)
+            standing.line.reset()
+
+    def _not_finite(self, loss: float, rows: np.ndarray) -> None:
+        """Stops the run, or goes on without the step's update, which the step has left out by itself."""
+        standing, experiment = self._standing, self._experiment
+        # Steps that were skipped do not count for the schedule.
+        schedule = optim.schedule(experiment.optim, self._this.steps, getattr(self._this.net.config, "width", None))
+        rate = float(schedule(standing.step - 1 - standing.skipped))
+        ids = [self._ready.splits[0].ids[row] for row in rows if row >= 0]
+        self._record("not_finite", {"loss": str(loss), "learning_rate": rate, "examples": ids})
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more, see {run.METRICS}" if len(ids) > 8 else "")
+        where = (
+            f"the loss or a gradient is not finite at step {standing.step} (learning rate {rate:g}; examples {shown})"
+        )
+        standing.skipped += 1
+        standing.skipped_in_a_row += 1
+        if experiment.train.on_nonfinite == "skip" and standing.skipped_in_a_row < _HOPELESS:
+            say(f"{where}: skipped, {standing.skipped} so far")
+            return
+        self._saver.wait()
+        kept = (
+            f"the checkpoint of step {self._saver.latest} is kept" if self._saver.latest else "there is no checkpoint"
+        )
+        hints = [f"a lower optim.learning_rate than {experiment.optim.learning_rate:g}", "optim.clip_norm"]
+        if experiment.train.on_nonfinite == "stop":
+            hints.append("train.on_nonfinite=skip")
+        raise UserError(f"{where}; {kept}; try {' or '.join(hints)}, with --overwrite or another --workdir")

@@ -178,8 +178,13 @@ def load_run(folder: Path) -> FinishedRun:
     if not path.is_file():
         raise UserError(f"{folder} holds no run: there is no {path.name} in it")
     result = _result(folder)
-    experiment = config.from_json(path.read_text(encoding="utf-8"), str(path))
-    return FinishedRun(folder, experiment, result, checkpoint.restore(folder))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    experiment = config.from_json(text, str(path))
+    trained = checkpoint.read(folder / checkpoint.TRAINED, result["trained_sha256"])
+    return FinishedRun(folder, experiment, result, trained)
 
 
 def run_params(run: FinishedRun) -> tuple[Network, stages.Params]:
@@ -190,7 +195,9 @@ def run_params(run: FinishedRun) -> tuple[Network, stages.Params]:
     """
     net = network(run.experiment, len(run.class_names), run.folder)
     frozen = {}
-    if len(run.trained) < len(net.params):
+    if (run.folder / checkpoint.FROZEN).is_dir():
+        frozen = checkpoint.read(run.folder / checkpoint.FROZEN, run.result["frozen_sha256"])
+    elif len(run.trained) < len(net.params):
         weights = locate(run.experiment.model.weights)
         start = initial_params(net, run.experiment.model, weights, run.experiment.train.seed)
         frozen = {path: value for path, value in start.items() if path not in run.trained}
@@ -256,7 +263,7 @@ def _run_architecture(folder: Path) -> presets.Config:
 def _result(folder: Path) -> dict[str, Any]:
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        for name in ("classes", "architecture", "frozen_sha256"):
+        for name in ("classes", "architecture", "frozen_sha256", "trained_sha256"):
             result[name]
     except FileNotFoundError:
         raise UserError(f"{folder} holds no result: the run there has not finished; run it first") from None

@@ -78,12 +78,15 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
         lengths=lengths,
         tokenizer=tokenizer,
     )
+    target = folder / FOLDER
+    try:
+        target.mkdir(exist_ok=True)
+    except OSError as error:  # before the work is done
+        raise UserError(f"{target} cannot be made: {error.strerror or error}") from None
     started = time.perf_counter()
     params, frozen = freeze.partition(jax.device_put(params), this.labels)
     found = evaluator(this, preparation(this), None, params, frozen, examples)(params, examples)
     say(f"{name}: {found}")
-    target = folder / FOLDER
-    target.mkdir(exist_ok=True)
     figures = {
         "run": str(folder.resolve()),
         "data": dataclasses.asdict(data),

@@ -1,19 +1,22 @@
 """The folder of one run: what is written there, and what is found there when the command is given again.
 
 experiment.json   the resolved experiment: enough to repeat the run
+environment.json  versions and hardware that it began with
 metrics.jsonl     a line every few steps and at the end of every epoch, train and eval
-checkpoints/      trained parameters
+checkpoints/      see `jaxtl.training.checkpoint`, as trained/ and frozen/
 tokenizer/        of text: the tokenizer's files
 misclassified.csv the examples that the model got wrong, most confident errors first
 result.json       the figures of the finished run; written last, so that its presence means finished
+lock              names the process that works in the folder, and is locked as long as that lives
 """
 
+import contextlib
 import datetime
 import json
 import os
 import platform
 import resource
-import shutil
+import socket
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -22,14 +25,21 @@ from typing import Any
 
 import jax
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes apart
+    fcntl = None
+
 from jaxtl import config, storage
 from jaxtl.errors import UserError
-from jaxtl.training import checkpoint
+from jaxtl.progress import say, say_once
 
-EXPERIMENT, METRICS, RESULT = "experiment.json", "metrics.jsonl", "result.json"
+EXPERIMENT, ENVIRONMENT, METRICS, RESULT = "experiment.json", "environment.json", "metrics.jsonl", "result.json"
+LOCK = "lock"
 
 # Settings that decide where something is kept, and nothing about the result.
-_WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb")
+_WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb", "checkpoint.")
+_RESULT_HAS = {"accuracy", "loss", "held_out", "classes", "architecture", "trained_sha256", "seconds_total", "versions"}
 _PACKAGES = ("jaxtl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
@@ -48,19 +58,23 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
     if weights != config.RANDOM and Path(weights).expanduser().resolve() == workdir.resolve():
         raise UserError(f"a run cannot start from weights in its own folder, {workdir}: give another --workdir")
     path, result = workdir / EXPERIMENT, workdir / RESULT
-    if path.is_file() and result.is_file() and not overwrite:
+    if path.is_file() and not overwrite:
         try:
             before = config.from_json(path.read_text(encoding="utf-8"), str(path))
-            done = json.loads(result.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            done = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
+            if result.is_file() and not (isinstance(done, dict) and done.keys() >= _RESULT_HAS):
+                raise ValueError(f"{result} is not a result of this version of jaxtl")
+        except (OSError, ValueError, UserError) as error:
             raise UserError(f"{workdir} holds a damaged run ({error}); --overwrite moves it aside") from None
-        if changed := [name for name in config.differences(before, experiment) if name not in _WITHOUT_EFFECT]:
+        if changed := [name for name in config.differences(before, experiment) if not name.startswith(_WITHOUT_EFFECT)]:
             raise UserError(
                 f"{workdir} holds a run with other settings ({', '.join(changed)}); give another --workdir, "
                 "or --overwrite to move the old run aside"
             )
-        return done
-    if workdir.is_dir() and not path.is_file() and any(workdir.iterdir()):
+        if done is not None:
+            return done
+    names = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
+    if not path.is_file() and any(name != LOCK and not name.startswith(".") for name in names):
         raise UserError(f"--workdir={workdir} holds files but no run; choose an empty folder, or a new name")
     there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     if not there.is_dir():
@@ -70,31 +84,118 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
     return None
 
 
-class Recorder:
-    """Writes the files of a run.
+class Claim:
+    """This process's right to write in a run folder. The system ends it with the process.
 
-    Creating it begins the run anew in its folder: a finished run there is moved aside, under a name that says when;
-    what a run left that never finished is written over.
+    Attributes:
+        taken: whether this process has it. It has from the beginning where the folder holds a run then.
     """
 
-    def __init__(self, workdir: Path, experiment: config.Experiment):
-        workdir = workdir.absolute()
-        if (workdir / RESULT).exists():
-            workdir.rename(workdir.with_name(f"{workdir.name}.{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"))
+    def __init__(self, workdir: Path):
+        self.taken = False
+        self._workdir, self._file = workdir.absolute(), None
+
+    def __enter__(self) -> "Claim":
+        if (self._workdir / EXPERIMENT).exists():
+            self._acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def take(self, *, anew: bool = False) -> None:
+        """Takes it, if it is not taken; makes the folder.
+
+        Args:
+            anew: give the run that is there another folder first, which says when.
+
+        Raises:
+            UserError: another process has it.
+        """
+        if anew and (self._workdir / EXPERIMENT).exists():
+            if not self.taken:
+                self._acquire()
+            self._move_aside()
+        if not self.taken:
+            self._acquire()
+            if (self._workdir / EXPERIMENT).exists():
+                raise UserError(f"another process began a run in {self._workdir} meanwhile: give another --workdir")
+
+    def _acquire(self) -> None:
+        path = self._workdir / LOCK
+        try:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        try:
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                f"{self._workdir} is in use by {owner}: wait until it has ended, or give another --workdir"
+            ) from None
+        except OSError:
+            say(f"{self._workdir} is on a file system without locks: nothing keeps two processes from one run folder")
+        self.taken = True
+        with contextlib.suppress(OSError):  # a full disk: others are refused without being told by whom
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
+
+    def _release(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what a full disk kept from being written
+                self._file.close()
+        self.taken, self._file = False, None
+
+    def _move_aside(self) -> None:
+        aside = self._workdir.with_name(f"{self._workdir.name}.{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+        try:
+            self._workdir.rename(aside)
+        except OSError as error:
+            raise UserError(f"{self._workdir} cannot be moved aside: {error.strerror or error}") from None
+        say(f"the run that was in {self._workdir} is now in {aside}")
+        self._release()  # the lock went with it
+        (aside / LOCK).unlink(missing_ok=True)
+
+
+class Recorder:
+    """Writes the files of a run."""
+
+    def __init__(self, workdir: Path, experiment: config.Experiment, history: str | None):
+        """Begins a run in its folder, or goes on with it.
+
+        Args:
+            workdir: the folder; a run that is there and not gone on with must have been moved aside.
+            experiment: what runs.
+            history: of a run that goes on: metrics.jsonl as it was at the checkpoint; None: a new one begins.
+        """
+        self._workdir = workdir = workdir.absolute()
         workdir.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(workdir / checkpoint.FOLDER, ignore_errors=True)
-        self._workdir = workdir
-        storage.write(workdir / EXPERIMENT, config.to_json(experiment))
-        self._metrics = (workdir / METRICS).open("w", encoding="utf-8")
+        storage.write(workdir / EXPERIMENT, config.to_json(experiment))  # first: it makes the folder that of a run
+        if history is None or not (workdir / ENVIRONMENT).exists():
+            storage.write(workdir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+        self._lines = (history or "").splitlines(keepends=True)
+        storage.write(workdir / METRICS, history or "")
+        self._written, self._size = len(self._lines), len(history or "")  # lines on the disk, and their bytes
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._metrics.close()
+        self._flush()
+
+    @property
+    def history(self) -> str:
+        """What metrics.jsonl holds, or would if it could be written."""
+        return "".join(self._lines)
 
     def metrics(self, split: str, step: int, epoch: float, figures: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl.
+        """Adds a line to metrics.jsonl; what cannot be written now is kept, and tried again with the next.
 
         Args:
             split: `train` (since the last such line), `train_epoch` (the epoch so far) or `eval`.
@@ -103,14 +204,34 @@ class Recorder:
             figures: what was measured; of figures by class, nothing is written.
         """
         single = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
-        self._metrics.write(json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **single}) + "\n")
-        self._metrics.flush()
+        self._lines.append(json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **single}) + "\n")
+        self._flush()
 
     def result(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Writes result.json, with versions and hardware added, and returns what it holds."""
+        """Writes result.json, with versions and hardware added, and returns what it holds.
+
+        Raises:
+            UserError: it cannot be written, or lines of metrics.jsonl cannot.
+        """
+        self._flush()
+        if self._written < len(self._lines):
+            raise UserError(f"{self._workdir / METRICS} cannot be written: make room and give the same command again")
         result = {**figures, **environment()}
         storage.write(self._workdir / RESULT, json.dumps(result, indent=2) + "\n")
         return result
+
+    def _flush(self) -> None:
+        path = self._workdir / METRICS
+        lines = "".join(self._lines[self._written :]).encode()  # of which each is ASCII
+        try:
+            with path.open("r+b") as file:
+                file.truncate(self._size)  # a full disk leaves a piece of a line
+                file.seek(self._size)
+                file.write(lines)
+        except OSError as error:
+            say_once(f"{path} cannot be written: {error.strerror or error}; its lines are kept, and tried again later")
+        else:
+            self._written, self._size = len(self._lines), self._size + len(lines)
 
 
 def environment() -> dict[str, Any]:

@@ -62,7 +62,8 @@ def train_step(
     """Returns `step(state, frozen, batch, key) -> (state, figures)`, jitted, the state donated.
 
     The key is the same for the whole run: the step number is folded in, so a resumed run draws the same dropout
-    masks and augmentations. `figures` are those of `score`.
+    masks and augmentations. `figures` are those of `score`, and a fifth: 1 where the loss or a gradient was not finite,
+    0 elsewhere. Such a step changes nothing but the step number.
 
     Args:
         structure: the model without its parameters.
@@ -103,6 +104,11 @@ def train_step(
         gradients = jax.tree.map(lambda total: total / jnp.maximum(figures[2], 1.0), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        finite = jnp.stack([jnp.isfinite(figures[0]), *(jnp.isfinite(x).all() for x in gradients.values())]).all()
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        figures = jnp.append(figures, jnp.where(finite, 0.0, 1.0))
         return TrainState(state.step + 1, params, opt_state), figures
 
     return jax.jit(_exact(step), donate_argnums=0)

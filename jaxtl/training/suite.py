@@ -57,7 +57,7 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
         done = run_folder.finished(workdir, chosen, overwrite)
         if done is None and not Path(chosen.model.weights).exists() and hub.is_repo_id(chosen.model.weights):
             preview(chosen, download=True)  # mistakes show before large files are fetched
-        compare.show_result(done or loop.train(chosen, workdir), workdir, new=done is None)
+        compare.show_result(done or loop.train(chosen, workdir, overwrite=overwrite), workdir, new=done is None)
         return
     if (workdir / run_folder.EXPERIMENT).exists():
         raise UserError(f"--workdir={workdir} holds a single run; a suite needs a folder of its own")
@@ -65,15 +65,22 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
     members = resolve(chosen, workdir)
     done = {name: run_folder.finished(workdir / name, member, overwrite) for name, member, _ in members}
     described = as_describable(members)
+    anew = {name: overwrite for name, _, _ in members}
     for name, _, source in members:
         # A run made from what is about to change is no longer what its settings say.
         if source is not None and done[source] is None:
-            done[name] = None
+            done[name], anew[name] = None, True
         if done[name] is None:  # mistakes in the last member must not show after the first has been trained
             preview(described[name], download=True)
+    for name, _, source in members:
+        # At once: were the command interrupted after the source is trained, nothing would tell that this is of the old.
+        if source is not None and anew[name]:
+            with run_folder.Claim(workdir / name) as claim:
+                claim.take(anew=True)
+            anew[name] = False
     for name, member, _ in members:
         say(f"--- {name}")
-        done[name] = done[name] or loop.train(member, workdir / name)
+        done[name] = done[name] or loop.train(member, workdir / name, overwrite=anew[name])
     compare.show_results(done)
 
 

@@ -185,7 +185,7 @@ def test_the_loss_is_the_cross_entropy_at_the_chosen_positions_alone():
     tokens = texts([12, 30, 5, 22], 32)
     # The fourth row fills up the batch: it has no weight.
     figures, trained_on, table, _ = scored(tokens, [1, 1, 1, 0])
-    np.testing.assert_allclose(figures, trained_on, rtol=1e-6)
+    np.testing.assert_allclose(figures, trained_on[:4], rtol=1e-6)
     hidden, _, weights = hide(tokens, keys(4))
     ids = np.asarray(tokens.values)
     losses, right = [], 0

@@ -14,9 +14,9 @@ from jaxtl import config
 from jaxtl.data import loader, sources
 from jaxtl.data.listing import Examples, Ragged, no_progress
 from jaxtl.errors import UserError
-from jaxtl.training import cache, checkpoint, freeze, loop
+from jaxtl.training import cache, freeze, loop
 from jaxtl.training.evaluate import preparation
-from jaxtl.training.network import initial_params, locate
+from jaxtl.training.network import initial_params, load_run, locate
 from jaxtl.training.setup import describe, look
 from jaxtl.training.store import ARRAY, DESCRIPTION
 
@@ -408,13 +408,14 @@ def test_every_batch_of_views_is_drawn_apart(here, monkeypatch):
 def train(experiment, folder):
     result = loop.train(experiment, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return result, [(line["split"], line["step"], line["loss"]) for line in lines], checkpoint.restore(folder)
+    return result, [(line["split"], line["step"], line["loss"]) for line in lines], load_run(folder).trained
 
 
 def equal(one, other):
     return one.keys() == other.keys() and all(np.array_equal(value, other[path]) for path, value in one.items())
 
 
+@pytest.mark.slow
 def test_training_is_the_same_wherever_the_activations_are(here, tmp_path, monkeypatch):
     """In memory, mapped, loaded: bit for bit. Without a cache, or with all of the last block, but for rounding, in
     float32.

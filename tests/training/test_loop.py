@@ -9,7 +9,8 @@ import pytest
 
 from jaxtl import config
 from jaxtl.errors import UserError
-from jaxtl.training import checkpoint, freeze, loop, suite
+from jaxtl.training import freeze, loop, suite
+from jaxtl.training.network import load_run
 from jaxtl.training.run import finished
 
 BASE = config.Experiment(
@@ -56,7 +57,7 @@ def test_same_seed_repeats_bit_for_bit_and_another_seed_does_not(tmp_path):
         loop.train(change(BASE, f"train.seed={seed}"), tmp_path / str(index)) for index, seed in enumerate((1, 1, 2))
     ]
     assert runs[0]["loss"] == runs[1]["loss"] != runs[2]["loss"]
-    first, second, other = (checkpoint.restore(tmp_path / str(index)) for index in range(3))
+    first, second, other = (load_run(tmp_path / str(index)).trained for index in range(3))
     for path, value in first.items():
         np.testing.assert_array_equal(value, second[path], path)
     assert any(not np.array_equal(value, other[path]) for path, value in first.items())
@@ -77,7 +78,7 @@ def test_cache_changes_nothing_but_rounding(tmp_path, rules):
     }
     assert results["on"]["loss"] == pytest.approx(results["off"]["loss"], rel=1e-4)
     assert results["on"]["accuracy"] == results["off"]["accuracy"]
-    trained = {cache: checkpoint.restore(tmp_path / cache) for cache in results}
+    trained = {cache: load_run(tmp_path / cache).trained for cache in results}
     for path, value in trained["on"].items():
         if not path.endswith("attention/key/bias"):  # its gradient is zero: Adam makes steps out of rounding alone
             np.testing.assert_allclose(value, trained["off"][path], atol=1e-4, err_msg=path)
@@ -114,7 +115,7 @@ def test_nothing_is_compiled_once_the_first_step_has_been_sent(tmp_path, monkeyp
         return call
 
     make = loop.evaluator
-    monkeypatch.setattr(loop, "_run_steps", counted(loop._run_steps))
+    monkeypatch.setattr(loop._Loop, "_run_steps", counted(loop._Loop._run_steps))
     monkeypatch.setattr(loop, "evaluator", lambda *arguments: counted(make(*arguments)))
     loop.train(change(BASE, "plan.cache=off"), tmp_path / "run")
     assert compiled  # the listener hears
@@ -150,7 +151,7 @@ def test_a_run_starts_from_what_another_run_trained(tmp_path):
     weights = tmp_path / "first"
     net = describe(second, weights, 3, 10, 10).net
     start = initial_params(net, second.model, weights, seed=0)
-    trained = checkpoint.restore(weights)
+    trained = load_run(weights).trained
     fresh = initial_params(net, second.model, None, seed=0)
     for path, value in start.items():
         if path.startswith(("block_3", "block_4", "norm")):
@@ -181,17 +182,19 @@ def test_finished_run_is_reported_a_changed_one_refused_and_overwrite_keeps_the_
         finished(workdir, change(experiment, "train.seed=3", "optim.learning_rate=1"), overwrite=False)
     assert finished(workdir, experiment, overwrite=True) is None
     assert not list(tmp_path.glob("run.*"))  # nothing is moved before the new run begins to write
-    loop.train(change(experiment, "train.seed=3"), workdir)
+    loop.train(change(experiment, "train.seed=3"), workdir, overwrite=True)
     (moved,) = tmp_path.glob("run.*")
     assert json.loads((moved / "result.json").read_text()) == result
 
 
-def test_run_that_never_finished_gives_way_to_other_settings(tmp_path):
+def test_run_that_never_finished_is_not_gone_on_with_under_other_settings(tmp_path):
     with pytest.raises(UserError, match=r"try a lower optim\.learning_rate"):
         loop.train(change(BASE, "optim.name=sgd", "optim.learning_rate=1e30", "freeze=train_all()"), tmp_path / "run")
     better = change(BASE, "train.max_steps=1")
-    assert finished(tmp_path / "run", better, overwrite=False) is None
-    assert loop.train(better, tmp_path / "run")["steps"] == 1
+    with pytest.raises(UserError, match=r"other settings \(freeze, optim.name, optim.learning_rate, train.max_steps"):
+        loop.train(better, tmp_path / "run")
+    assert loop.train(better, tmp_path / "run", overwrite=True)["steps"] == 1
+    assert len(list(tmp_path.glob("run.*"))) == 1
 
 
 def test_damaged_result_is_told_and_can_be_moved_aside(tmp_path):
@@ -202,7 +205,7 @@ def test_damaged_result_is_told_and_can_be_moved_aside(tmp_path):
     assert finished(tmp_path / "run", BASE, overwrite=True) is None
 
 
-def test_run_cut_off_before_its_result_is_run_anew(tmp_path):
+def test_run_cut_off_before_its_result_ends_as_it_would_have(tmp_path):
     experiment = change(BASE, "train.max_steps=1")
     result = loop.train(experiment, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
@@ -246,7 +249,7 @@ def test_frozen_weights_that_changed_under_a_run_are_noticed(tmp_path):
     loop.train(second, tmp_path / "second")
     third = change(first, f"model.weights={tmp_path / 'second'}")
     loop.train(third, tmp_path / "third")
-    loop.train(change(first, "train.seed=5"), tmp_path / "first")
+    loop.train(change(first, "train.seed=5"), tmp_path / "first", overwrite=True)
     with pytest.raises(UserError, match="which has changed since"):
         loop.train(third, tmp_path / "fourth")
 

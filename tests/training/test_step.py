@@ -224,6 +224,7 @@ def test_every_part_of_a_batch_draws_its_own_dropout():
     assert untouched(BATCH) < untouched(1) - 4
 
 
+@pytest.mark.slow
 def test_batch_in_parts_takes_less_memory():
     def temporary(accumulate):
         _, train_step, state, frozen = make(nano(freeze.train_all(), prune=False), accumulate=accumulate)

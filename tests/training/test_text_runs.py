@@ -12,7 +12,7 @@ import pytest
 from jaxtl import config, main
 from jaxtl.data import sources, text, tokens
 from jaxtl.errors import UserError
-from jaxtl.training import checkpoint, freeze, loop, revisit, suite
+from jaxtl.training import freeze, loop, revisit, suite
 from jaxtl.training.network import TOKENIZER, initial_params, load_run, run_params
 from jaxtl.training.setup import look, preview
 
@@ -131,7 +131,7 @@ def test_same_seed_repeats_bit_for_bit_and_another_seed_does_not(base, tmp_path)
     }
     assert losses["a"] == losses["b"]
     assert losses["a"] != losses["c"]
-    first, second, other = (checkpoint.restore(tmp_path / name) for name in "abc")
+    first, second, other = (load_run(tmp_path / name).trained for name in "abc")
     for path, value in first.items():
         np.testing.assert_array_equal(value, second[path], path)
     assert any(not np.array_equal(value, other[path]) for path, value in first.items())
@@ -220,7 +220,7 @@ def test_cache_changes_nothing_but_rounding(base, tmp_path, monkeypatch, head, b
     if not head:
         assert caches[0].inputs.shape == (64, 32)
     assert results["on"]["loss"] == pytest.approx(results["off"]["loss"], rel=1e-4)
-    trained = {cache: checkpoint.restore(tmp_path / cache) for cache in results}
+    trained = {cache: load_run(tmp_path / cache).trained for cache in results}
     for path, value in trained["on"].items():
         np.testing.assert_allclose(value, trained["off"][path], atol=1e-4, err_msg=path)
 
@@ -243,7 +243,7 @@ def test_nothing_is_compiled_once_the_first_step_has_been_sent(base, tmp_path, m
         return call
 
     make = loop.evaluator
-    monkeypatch.setattr(loop, "_run_steps", counted(loop._run_steps))
+    monkeypatch.setattr(loop._Loop, "_run_steps", counted(loop._Loop._run_steps))
     monkeypatch.setattr(loop, "evaluator", lambda *arguments: counted(make(*arguments)))
     experiment = change(base, FROZEN, "plan.cache=off", "data.buckets=2", "train.epochs=2")
     loop.train(experiment, tmp_path / "run")
@@ -263,7 +263,7 @@ def test_best_keeps_the_parameters_of_the_best_evaluation_and_looks_at_the_test_
     # Ten evaluations of the 60 held-out texts, then one of the 62 test texts, with the parameters of the best.
     assert [count for count, _ in bigru["calls"]] == [60] * 10 + [62]
     saved, tested, chosen = (
-        checkpoint.restore(bigru["folder"]),
+        load_run(bigru["folder"]).trained,
         bigru["calls"][-1][1],
         bigru["calls"][lines.index(best)],
     )
@@ -278,7 +278,7 @@ def test_last_keeps_the_last_parameters_though_others_were_better(bigru, tmp_pat
     # The same training, but for what is kept of it.
     assert [line["loss"] for line in lines] == [line["loss"] for line in evaluations(bigru["folder"])]
     assert (result["selected_step"], result["loss"]) == (150, lines[-1]["loss"])
-    saved, last = checkpoint.restore(tmp_path / "run"), bigru["calls"][9][1]
+    saved, last = load_run(tmp_path / "run").trained, bigru["calls"][9][1]
     for path, value in saved.items():
         np.testing.assert_array_equal(value, last[path], path)
 
@@ -316,7 +316,7 @@ def test_a_runs_backbone_and_tokenizer_serve_another_run(base, tuned, tmp_path, 
     experiment = change(base, f"model.weights={folder}", "model.head.reads=pooled", FROZEN, SHORT)
     loop.train(experiment, tmp_path / "second")
     assert f"{folder} holds no pooler: it starts from random values" in capsys.readouterr().err
-    run, trained = load_run(tmp_path / "second"), checkpoint.restore(folder)
+    run, trained = load_run(tmp_path / "second"), load_run(folder).trained
     _, params = run_params(run)
     backbone = [path for path in trained if not path.startswith("head/")]
     assert len(backbone) > 30
@@ -374,7 +374,7 @@ def test_what_masked_language_modelling_trained_is_where_a_classifier_starts(bas
     folder, _, _ = pretrained
     experiment = change(base, *head, f"model.weights={folder}")
     this, _ = look(experiment, lambda _: folder)
-    start, trained = initial_params(this.net, experiment.model, folder, 0), checkpoint.restore(folder)
+    start, trained = initial_params(this.net, experiment.model, folder, 0), load_run(folder).trained
     backbone = [path for path in start if not path.startswith("head/")]
     assert {path for path in trained if not path.startswith("mlm/")} == set(backbone)
     for path in backbone:
@@ -522,7 +522,7 @@ def test_a_classifier_in_a_suite_starts_from_masked_language_modelling_before_it
     suite.run(chosen, tmp_path / "suite")
     assert "perplexity" in capsys.readouterr().out
     _, params = run_params(load_run(tmp_path / "suite" / "tune"))
-    for path, value in checkpoint.restore(tmp_path / "suite" / "mlm").items():
+    for path, value in load_run(tmp_path / "suite" / "mlm").trained.items():
         if not path.startswith("mlm/"):
             np.testing.assert_array_equal(params[path], value, path)
 

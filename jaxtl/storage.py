@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from jaxtl.errors import UserError
 
@@ -36,15 +36,17 @@ def write(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
+def written_whole(path: Path, *, binary: bool = False) -> Iterator[IO]:
     """Opens a file to be written whole or not at all: under another name, which is changed when it is complete.
+
+    Text is UTF-8, its line ends as written.
 
     Raises:
         UserError: the folder does not exist, cannot be written to, or is full.
     """
     temporary = path.parent / f".{path.name}.tmp"
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut may leave an empty file under the new name

@@ -18,7 +18,7 @@ from jaxtl.config import Experiment, Images
 from jaxtl.data import loader, sources
 from jaxtl.data.listing import Examples, Ragged
 from jaxtl.errors import UserError
-from jaxtl.evaluation import misclassified
+from jaxtl.evaluation import predictions
 from jaxtl.models import stages
 from jaxtl.progress import Bar, say, track
 from jaxtl.training import cache, checkpoint, freeze, optim, run, step
@@ -289,7 +289,10 @@ class _Loop:
             )
         checkpoint.write(workdir / checkpoint.TRAINED, kept.params)
         if judged.logits is not None:
-            misclassified.write(workdir / misclassified.FILE, examples, judged.logits)
+            found = predictions.Predictions(examples.ids, examples.labels, judged.logits)
+            predictions.write(workdir / predictions.ARRAYS, found)
+            (workdir / run.REPORT).mkdir(exist_ok=True)
+            predictions.write_table(workdir / run.REPORT / predictions.TABLE, examples, judged.logits)
         seconds = standing.seconds
         worked = seconds["cache"] + seconds["train"]
         return self._recorder.result(

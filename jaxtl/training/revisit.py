@@ -13,7 +13,7 @@ from jaxtl import config, storage
 from jaxtl.config import Images, Text
 from jaxtl.data import sources, text, tokens
 from jaxtl.errors import UserError
-from jaxtl.evaluation import misclassified
+from jaxtl.evaluation import predictions
 from jaxtl.progress import say, track
 from jaxtl.training import freeze, run
 from jaxtl.training.evaluate import evaluator, preparation
@@ -27,7 +27,7 @@ _FIXED = ("data.classes", "data.tokenizer")
 
 
 def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], str, Path]:
-    """Evaluates a finished run; writes the figures, and what was misclassified, into its folder `evaluations`.
+    """Evaluates a finished run; writes the figures, and a table of the answers, into its folder `evaluations`.
 
     Args:
         folder: of the run.
@@ -98,7 +98,7 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
     path = target / f"{name}.json"
     storage.write(path, json.dumps(figures, indent=2) + "\n")
     if found.logits is not None:
-        misclassified.write(target / f"{name}.{misclassified.FILE}", examples, found.logits)
+        predictions.write_table(target / f"{name}.{predictions.TABLE}", examples, found.logits)
     return found.metrics, name, path
 
 

@@ -5,7 +5,8 @@ environment.json  versions and hardware that it began with
 metrics.jsonl     a line every few steps and at the end of every epoch, train and eval
 checkpoints/      see `jaxtl.training.checkpoint`, as trained/ and frozen/
 tokenizer/        of text: the tokenizer's files
-misclassified.csv the examples that the model got wrong, most confident errors first
+predictions.npz   see `jaxtl.evaluation.predictions`; a table of them is in report/
+report/           what people read
 result.json       the figures of the finished run; written last, so that its presence means finished
 lock              names the process that works in the folder, and is locked as long as that lives
 """
@@ -35,7 +36,7 @@ from jaxtl.errors import UserError
 from jaxtl.progress import say, say_once
 
 EXPERIMENT, ENVIRONMENT, METRICS, RESULT = "experiment.json", "environment.json", "metrics.jsonl", "result.json"
-LOCK = "lock"
+LOCK, REPORT = "lock", "report"
 
 # Settings that decide where something is kept, and nothing about the result.
 _WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb", "checkpoint.")

@@ -106,7 +106,8 @@ def outcome(folder: Path):
         "trained": checkpoint.digest(finished.trained),
         "result": {name: value for name, value in finished.result.items() if not name.startswith(TIMES)},
         "lines": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
-        "misclassified": (folder / "misclassified.csv").read_text(),
+        "predictions": (folder / "predictions.npz").read_bytes(),
+        "table": (folder / "report" / "predictions.csv").read_text(),
     }
 
 

@@ -283,15 +283,18 @@ def test_last_keeps_the_last_parameters_though_others_were_better(bigru, tmp_pat
         np.testing.assert_array_equal(value, last[path], path)
 
 
-def test_misclassified_texts_are_listed_whole_the_most_confident_errors_first(base, text_folder, tmp_path):
+def test_answers_are_listed_whole_the_most_confident_errors_first(base, text_folder, tmp_path):
     """After four steps from a random layer about half is wrong; the judged split is the test."""
     own = ("model.head.init=random", "plan.cache=on", "data.train_size=64", "train.epochs=1")
     result = loop.train(change(base, *BIGRU, FROZEN, *own), tmp_path / "run")
-    with (tmp_path / "run" / "misclassified.csv").open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
+    with (tmp_path / "run" / "report" / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        header, *answers = csv.reader(file)
     assert header == ["id", "text", "label", "prediction", "probability"]
     confusion = result["test"]["confusion"]
-    assert len(rows) == confusion["fake"]["real"] + confusion["real"]["fake"] > 10
+    wrong = confusion["fake"]["real"] + confusion["real"]["fake"]
+    assert len(answers) == result["test_examples"] > wrong > 10
+    rows, right = answers[:wrong], answers[wrong:]
+    assert all(label == prediction for *_, label, prediction, _ in right)
     records = {
         f"test.csv:{number}": (string, label)
         for number, string, label in text.records(text_folder / "test.csv", "text", "label")
@@ -301,8 +304,9 @@ def test_misclassified_texts_are_listed_whole_the_most_confident_errors_first(ba
         assert {label, prediction} == {"fake", "real"}
     assert any("\n" in row[1] for row in rows)
     assert any("😷" in row[1] for row in rows)
-    confidence = [float(row[-1]) for row in rows]
-    assert confidence == sorted(confidence, reverse=True)
+    for part in (rows, right):
+        confidence = [float(row[-1]) for row in part]
+        assert confidence == sorted(confidence, reverse=True)
     assert confidence[0] > confidence[-1]
     assert min(confidence) >= 0.5
 
@@ -359,7 +363,8 @@ def test_masked_language_modelling_learns_and_says_what_was_before(pretrained):
     assert (result["train_examples"], result["eval_examples"]) == (180, 60)
     first = evaluations(folder)[0]
     assert (first["step"], first["perplexity"]) == (0, result["before"]["perplexity"])
-    assert not (folder / "misclassified.csv").exists()
+    assert not (folder / "predictions.npz").exists()
+    assert not (folder / "report" / "predictions.csv").exists()
 
 
 def test_a_checkpoint_without_the_head_of_masked_language_modelling_says_so(base, pretrained, capsys):
@@ -432,8 +437,10 @@ def test_evaluation_of_the_same_file_gives_the_figures_of_the_result(
         found = read_json(folder / "evaluations" / f"{name}.json")
         assert {figure: found[figure] for figure in result[split]} == result[split]
         assert f"{result[split]['accuracy']:.4f}" in shown
-        errors = list(csv.reader((folder / "evaluations" / f"{name}.misclassified.csv").open(newline="")))
-        assert len(errors) - 1 == found["confusion"]["fake"]["real"] + found["confusion"]["real"]["fake"]
+        with (folder / "evaluations" / f"{name}.predictions.csv").open(encoding="utf-8", newline="") as file:
+            _, *answers = csv.reader(file)
+        wrong = sum(label != prediction for *_, label, prediction, _ in answers)
+        assert wrong == found["confusion"]["fake"]["real"] + found["confusion"]["real"]["fake"]
     assert read_json(folder / "result.json") == result
 
 

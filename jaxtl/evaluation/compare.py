@@ -55,18 +55,18 @@ def show_results(results: Mapping[str, Mapping[str, Any]]) -> None:
         rows = [
             (f"{name}, {split}" if index == 0 else "", figure, ours, theirs)
             for name, result in results.items()
-            for split, judged in [_judged(result)]
-            for index, (figure, ours, theirs) in enumerate(_beside_reported(result, judged))
+            for split, judged in [judged_split(result)]
+            for index, (figure, ours, theirs) in enumerate(beside_reported(result, judged))
         ]
         show(("run", "figure", "this run", "reported"), rows, numbers=True)
 
 
 def show_result(result: Mapping[str, Any], workdir: Path, *, new: bool) -> None:
     """Prints the result of one run, beside the reported figures where there are some."""
-    split, judged = _judged(result)
+    split, judged = judged_split(result)
     show_metrics(judged, split)
     if result["reported"]:
-        show(("figure", split, "reported"), _beside_reported(result, judged), numbers=True)
+        show(("figure", split, "reported"), beside_reported(result, judged), numbers=True)
     rows = [
         (heading, form.format(result[field]))
         for heading, field, form in _COLUMNS
@@ -108,12 +108,12 @@ def show_metrics(found: Mapping[str, Any], split: str) -> None:
         show(("true class", *_BY_CLASS, *(f"-> {name}" for name in names)), table, numbers=True)
 
 
-def _judged(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def judged_split(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Returns the split that the run is judged by, and what was measured on it."""
     return ("test", result["test"]) if result.get("test") else ("held out", result["held_out"])
 
 
-def _beside_reported(result: Mapping[str, Any], judged: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def beside_reported(result: Mapping[str, Any], judged: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Returns (figure, ours, reported) of every figure that is reported."""
     ours = metrics.flat({**result, **judged})
     rows = []

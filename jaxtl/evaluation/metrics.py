@@ -1,5 +1,6 @@
 """Figures of merit, from logits and labels alone."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,43 @@ def classification(logits: np.ndarray, labels: np.ndarray, class_names: Sequence
         for true, row in zip(class_names, matrix, strict=True)
     }
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How far a classifier can be believed, by the probability of its answers (confidence).
+
+    Attributes:
+        error: expected calibration error: the mean over the examples of |accuracy - confidence| of their bin.
+        edges: `[bins + 1]`, of equally wide bins of confidence from 0 to 1.
+        counts: `[bins]` examples.
+        accuracy, confidence: `[bins]` means, NaN where there is no example.
+    """
+
+    error: float
+    edges: np.ndarray
+    counts: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+
+
+def calibration(likely: np.ndarray, labels: np.ndarray, bins: int = 10) -> Calibration:
+    """Returns the calibration of answers: Guo et al. 2017 (arXiv:1706.04599), equations 1 to 3.
+
+    Args:
+        likely: probability of each class, `[examples, classes]`.
+        labels: `[examples]` int.
+        bins: their number; each holds its upper edge.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    confidence = likely.max(axis=-1)
+    right = likely.argmax(axis=-1) == labels
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    sums = [np.bincount(place, weights=values, minlength=bins) for values in (right, confidence)]
+    means = [np.divide(found, counts, out=np.full(bins, np.nan), where=counts > 0) for found in sums]
+    error = np.abs(sums[0] - sums[1]).sum() / max(len(labels), 1)
+    return Calibration(float(error), edges, counts, *means)
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

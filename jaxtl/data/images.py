@@ -6,6 +6,7 @@ float32 image the model sees is 600 KB.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 # (mean, deviation) per channel, for pixels in [0, 1]. ImageNet's are those of torchvision and transformers.
@@ -46,6 +47,12 @@ def preprocess(images: jax.Array, image_size: int, scale: str, dtype: DTypeLike 
     pixels = images.astype(jnp.float32)
     pixels = jax.image.resize(pixels, (len(images), image_size, image_size, 3), "bilinear", antialias=True)
     return ((pixels / 255 - mean) / deviation).astype(dtype)
+
+
+def visible(pixels: np.ndarray, scale: str) -> np.ndarray:
+    """Returns what `preprocess` made, `[.., 3]` float, as a person sees it: uint8, scaling taken back."""
+    mean, deviation = np.asarray(_SCALES[scale], np.float32)
+    return np.clip(np.round((pixels * deviation + mean) * 255), 0, 255).astype(np.uint8)
 
 
 def augment(key: jax.Array, images: jax.Array, kind: str) -> jax.Array:

@@ -62,7 +62,7 @@ def show_results(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def show_result(result: Mapping[str, Any], workdir: Path, *, new: bool) -> None:
-    """Prints the result of one run, beside the reported figures where there are some."""
+    """Prints the result of one run, beside the reported figures where there are some; its report's path comes last."""
     split, judged = judged_split(result)
     show_metrics(judged, split)
     if result["reported"]:
@@ -80,6 +80,9 @@ def show_result(result: Mapping[str, Any], workdir: Path, *, new: bool) -> None:
         rows.insert(1, ("held-out loss", f"{result['loss']:.4f}"))
     show(("this run", ""), rows, numbers=True)
     _console().print(f"{'' if new else 'finished before; '}{workdir / 'result.json'}", soft_wrap=True)
+    page = workdir / "report" / "index.html"
+    if page.is_file():  # it is said where it could not be written
+        _console().print(str(page), soft_wrap=True)
 
 
 def show_metrics(found: Mapping[str, Any], split: str) -> None:

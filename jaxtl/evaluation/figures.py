@@ -25,6 +25,7 @@ COLOURS = ("#3f7fd0", "#d9731a", "#1f9e77", "#9a6fd0", "#c9528b", "#7d858e", "#a
 TRAINED, FROZEN = COLOURS[0], "#9aa3ad"
 _INK = "#1b1f24"  # in a page: its text colour
 _WIDTH, _HEIGHT = 4.8, 3.3  # inches: on a telephone a figure shrinks to three quarters, and can still be read
+_DOTS = 150  # an inch of a PNG
 _STYLE = {
     "axes.edgecolor": _INK,
     "axes.grid": True,
@@ -75,6 +76,7 @@ class Figure:
         caption: what to know to read it.
         svg: an `<svg>` element to put into a page; text in it is escaped.
         png: the same as PNG, on white.
+        size: width and height of it, in pixels.
         wide: it must not be shrunk to the width of a telephone.
     """
 
@@ -83,6 +85,7 @@ class Figure:
     caption: str
     svg: str
     png: bytes
+    size: tuple[int, int]
     wide: bool = False
 
 
@@ -335,9 +338,10 @@ def _drawn(
         FigureCanvasAgg(canvas)
         draw(canvas)
         svg, png = io.StringIO(), io.BytesIO()
-        canvas.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        canvas.savefig(png, format="png", dpi=_DOTS, facecolor="white", metadata={"Software": None})
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Figure(name, alt, caption, _for_page(svg.getvalue(), width), png.getvalue(), wide)
+    size = int(width * _DOTS), int(height * _DOTS)
+    return Figure(name, alt, caption, _for_page(svg.getvalue(), width), png.getvalue(), size, wide)
 
 
 def _for_page(svg: str, width: float) -> str:
@@ -352,7 +356,7 @@ def _for_page(svg: str, width: float) -> str:
     )
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every figure
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(font: (?:[a-z0-9]+ )?[\d.]+px) [^;\"]*", r"\1 var(--font)", svg)
+    svg = re.sub(r"(font: (?:[a-z0-9]+ )?[\d.]+px) [^;\"<>]*", r"\1 var(--font)", svg)
     return svg.replace(_INK, "currentColor").strip()
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from jaxtl import interrupt
 from jaxtl.config import Experiment, Images
 from jaxtl.data import loader, sources
-from jaxtl.data.listing import Examples, Ragged
+from jaxtl.data.listing import Examples, Listing, Ragged
 from jaxtl.errors import UserError
 from jaxtl.evaluation import predictions
 from jaxtl.models import stages
 from jaxtl.progress import Bar, say, track
-from jaxtl.training import cache, checkpoint, freeze, optim, run, step
+from jaxtl.training import account, cache, checkpoint, freeze, optim, run, step
 from jaxtl.training.compiled import behind, compile_step
 from jaxtl.training.evaluate import Evaluation, evaluator, preparation
 from jaxtl.training.network import TOKENIZER, initial_params, locate
@@ -99,6 +99,7 @@ class _Ready:
         frozen: the other parameters.
         key: of the whole run, for dropout and augmentation.
         splits: for training, held out, and for the test where there is one; inputs or activations.
+        drawn: the same splits, before their inputs were decoded or made into activations.
         train_step, evaluate: compiled.
         batches: of the whole run.
         origins: digests of what is not saved with a checkpoint and must still be the same when the run goes on.
@@ -111,6 +112,7 @@ class _Ready:
     frozen: stages.Params
     key: jax.Array
     splits: list[Examples]
+    drawn: list[Listing] | list[Examples]
     train_step: Callable
     evaluate: Callable[[stages.Params, Examples], Evaluation]
     batches: grain.DatasetIterator
@@ -165,6 +167,7 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
         frozen,
         key,
         splits,
+        drawn,
         train_step,
         evaluate,
         loader.batches(
@@ -295,42 +298,44 @@ class _Loop:
             predictions.write_table(workdir / run.REPORT / predictions.TABLE, examples, judged.logits)
         seconds = standing.seconds
         worked = seconds["cache"] + seconds["train"]
-        return self._recorder.result(
-            {
-                "accuracy": kept.evaluation.metrics["accuracy"],
-                "loss": kept.evaluation.metrics["loss"],
-                "held_out": kept.evaluation.metrics,
-                "test": judged.metrics if test_sets else None,
-                "before": standing.before,
-                "selected_step": kept.step,
-                "selected_epoch": kept.step / this.steps_per_epoch,
-                "train_accuracy": standing.meter.accuracy,
-                "train_loss": standing.meter.loss,
-                "skipped_steps": standing.skipped,
-                "trainable_parameters": count(self._state.params),
-                "total_parameters": count(this.net.params),
-                "train_examples": len(train_set.labels),
-                "eval_examples": len(eval_set.labels),
-                "test_examples": len(test_sets[0].labels) if test_sets else 0,
-                "classes": list(train_set.class_names),
-                "architecture": dataclasses.asdict(this.net.config),
-                "frozen_sha256": ready.origins["frozen"],
-                "trained_sha256": checkpoint.digest(kept.params),
-                "steps": this.steps,
-                # The frozen prefix is part of the work, although it runs before the first epoch.
-                "seconds_train": worked,
-                "seconds_per_epoch": worked * this.steps_per_epoch / this.steps,
-                "seconds_cache": seconds["cache"],
-                "cache": ready.cache[0],
-                "cache_bytes": ready.cache[1],
-                "seconds_compile": seconds["compile"],
-                "seconds_evaluate": seconds["evaluate"],
-                "seconds_waiting_for_input": seconds["waiting_for_input"],
-                "seconds_total": time.perf_counter() - self._started,
-                "peak_memory_bytes": run.peak_memory_bytes(),
-                "reported": dict(self._experiment.reported),
-            }
-        )
+        result = {
+            "accuracy": kept.evaluation.metrics["accuracy"],
+            "loss": kept.evaluation.metrics["loss"],
+            "held_out": kept.evaluation.metrics,
+            "test": judged.metrics if test_sets else None,
+            "before": standing.before,
+            "selected_step": kept.step,
+            "selected_epoch": kept.step / this.steps_per_epoch,
+            "train_accuracy": standing.meter.accuracy,
+            "train_loss": standing.meter.loss,
+            "skipped_steps": standing.skipped,
+            "trainable_parameters": count(self._state.params),
+            "total_parameters": count(this.net.params),
+            "train_examples": len(train_set.labels),
+            "eval_examples": len(eval_set.labels),
+            "test_examples": len(test_sets[0].labels) if test_sets else 0,
+            "classes": list(train_set.class_names),
+            "architecture": dataclasses.asdict(this.net.config),
+            "frozen_sha256": ready.origins["frozen"],
+            "trained_sha256": checkpoint.digest(kept.params),
+            "steps": this.steps,
+            # The frozen prefix is part of the work, although it runs before the first epoch.
+            "seconds_train": worked,
+            "seconds_per_epoch": worked * this.steps_per_epoch / this.steps,
+            "seconds_cache": seconds["cache"],
+            "cache": ready.cache[0],
+            "cache_bytes": ready.cache[1],
+            "seconds_compile": seconds["compile"],
+            "seconds_evaluate": seconds["evaluate"],
+            "seconds_waiting_for_input": seconds["waiting_for_input"],
+            "seconds_total": time.perf_counter() - self._started,
+            "peak_memory_bytes": run.peak_memory_bytes(),
+            "reported": dict(self._experiment.reported),
+            **run.environment(),
+        }
+        figures = account.write(workdir, this, ready.drawn, judged.logits, result, self._recorder.history)
+        self._recorder.figures(figures, this.steps)
+        return self._recorder.result(result)
 
     def _evaluate(self, params: stages.Params, examples: Examples | None = None) -> Evaluation:
         found = self._ready.evaluate(params, self._ready.splits[1] if examples is None else examples)

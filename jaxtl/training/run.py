@@ -3,6 +3,7 @@
 experiment.json   the resolved experiment: enough to repeat the run
 environment.json  versions and hardware that it began with
 metrics.jsonl     a line every few steps and at the end of every epoch, train and eval
+tensorboard/      the same for TensorBoard, see `jaxtl.training.events`
 checkpoints/      see `jaxtl.training.checkpoint`, as trained/ and frozen/
 tokenizer/        of text: the tokenizer's files
 predictions.npz   see `jaxtl.evaluation.predictions`; a table of them is in report/
@@ -19,7 +20,7 @@ import platform
 import resource
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ except ImportError:  # Windows: nothing keeps two processes apart
 
 from jaxtl import config, storage
 from jaxtl.errors import UserError
+from jaxtl.evaluation.figures import Figure
 from jaxtl.progress import say, say_once
+from jaxtl.training.events import Events
 
 EXPERIMENT, ENVIRONMENT, METRICS, RESULT = "experiment.json", "environment.json", "metrics.jsonl", "result.json"
-LOCK, REPORT = "lock", "report"
+LOCK, REPORT, EVENTS = "lock", "report", "tensorboard"
 
 # Settings that decide where something is kept, and nothing about the result.
 _WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb", "checkpoint.")
@@ -183,12 +186,14 @@ class Recorder:
         self._lines = (history or "").splitlines(keepends=True)
         storage.write(workdir / METRICS, history or "")
         self._written, self._size = len(self._lines), len(history or "")  # lines on the disk, and their bytes
+        self._events = Events(workdir / EVENTS, self._lines)
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._flush()
+        self._events.close()
 
     @property
     def history(self) -> str:
@@ -207,9 +212,14 @@ class Recorder:
         single = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
         self._lines.append(json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **single}) + "\n")
         self._flush()
+        self._events.add(self._lines[-1], flush=split == "eval")
 
-    def result(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Writes result.json, with versions and hardware added, and returns what it holds.
+    def figures(self, figures: Sequence[Figure], step: int) -> None:
+        """Adds the figures of the report to TensorBoard's events."""
+        self._events.add_figures(figures, step)
+
+    def result(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Writes result.json, and returns what it holds.
 
         Raises:
             UserError: it cannot be written, or lines of metrics.jsonl cannot.
@@ -217,7 +227,6 @@ class Recorder:
         self._flush()
         if self._written < len(self._lines):
             raise UserError(f"{self._workdir / METRICS} cannot be written: make room and give the same command again")
-        result = {**figures, **environment()}
         storage.write(self._workdir / RESULT, json.dumps(result, indent=2) + "\n")
         return result
 

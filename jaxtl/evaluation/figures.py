@@ -143,6 +143,8 @@ def lines(
             axes.plot(
                 *marked[:2], "o", color=_INK, fillstyle="none", markersize=10, markeredgewidth=1.1, label=marked[2]
             )
+        if max(max(curve.x) for curve in curves) >= 2:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if log:
             axes.set_yscale("log")
             _plain_log_ticks(axes)
@@ -184,8 +186,8 @@ def stages(by_stage: Mapping[str, Mapping[str, int]]) -> Figure:
         f"Bars of the parameters of {len(names)} stages. Trained: {sum(trained):,} of {total:,}, in "
         f"{', '.join(learning[:8])}{' and others' if len(learning) > 8 else ''}."
     )
-    share = sum(trained) / max(total, 1)
-    caption = f"{sum(trained):,} of {total:,} parameters were trained ({share:.1%}), the others stayed as they were."
+    share = percent(sum(trained) / max(total, 1))
+    caption = f"{sum(trained):,} of {total:,} parameters were trained ({share}), the others stayed as they were."
     return _drawn("parameters", draw, alt, caption, height=1.2 + 0.21 * len(names))
 
 
@@ -225,8 +227,8 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], split: str) -> Fig
                 text = f"{matrix[row, column]:,}\n{_rate(rates[row, column])}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=font, linespacing=1.15)
         shown = [_short(name) for name in names]
-        upright = size > 4 or max(map(len, shown)) > 9
-        axes.set_xticks(range(size), shown, rotation=45 if upright else 0, ha="right" if upright else "center")
+        slanted = max(map(len, shown)) > (4 if size > 5 else 9)  # or they would overlap
+        axes.set_xticks(range(size), shown, rotation=45 if slanted else 0, ha="right" if slanted else "center")
         axes.set_yticks(range(size), shown)
         axes.tick_params(length=0)
         axes.set(title=f"Confusion matrix, {split}", xlabel="predicted class", ylabel="true class")
@@ -296,6 +298,7 @@ def class_counts(counts: Mapping[str, Sequence[int]], class_names: Sequence[str]
             axes.set_yticks(rows, [_short(name) for name in class_names])
             axes.set(xlabel="examples", ylim=(len(class_names) - 0.4, -0.6))
             axes.grid(visible=False, axis="y")
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title("Examples by class")
         axes.legend(
             loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.3, handlelength=1.0, columnspacing=1.0
@@ -304,12 +307,14 @@ def class_counts(counts: Mapping[str, Sequence[int]], class_names: Sequence[str]
     parts = []
     for split, numbers in counts.items():
         least, most = int(np.argmin(numbers)), int(np.argmax(numbers))
-        parts.append(
-            f"{split}: {sum(numbers):,} examples, from {numbers[least]:,} of {class_names[least]} to "
-            f"{numbers[most]:,} of {class_names[most]}"
-        )
+        spread = f"{numbers[least]:,} of {class_names[least]} to {numbers[most]:,} of {class_names[most]}"
+        same = f"{numbers[most]:,} of each class"
+        parts.append(f"{split}: {sum(numbers):,} examples, {same if numbers[least] == numbers[most] else spread}")
+    chance = max(numbers) / max(sum(numbers), 1)
+    parts.append(f"answering {class_names[most]} always would be right for {percent(chance)} of the {split} examples")
     height = _HEIGHT if many else 1.1 + len(class_names) * max(0.24, 0.14 * len(counts))
-    return _drawn("classes", draw, f"Examples by class. {'; '.join(parts)}.", "; ".join(parts) + ".", height=height)
+    caption = "; ".join(parts) + "."
+    return _drawn("classes", draw, f"Examples by class. {caption}", caption[0].upper() + caption[1:], height=height)
 
 
 # --- drawing -----------------------------------------------------------------------------------------------
@@ -339,6 +344,7 @@ def _drawn(
         draw(canvas)
         svg, png = io.StringIO(), io.BytesIO()
         canvas.savefig(png, format="png", dpi=_DOTS, facecolor="white", metadata={"Software": None})
+        canvas.set_layout_engine("none")  # what it found stays
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     size = int(width * _DOTS), int(height * _DOTS)
     return Figure(name, alt, caption, _for_page(svg.getvalue(), width), png.getvalue(), size, wide)
@@ -401,6 +407,11 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:g}"
+
+
+def percent(share: float) -> str:
+    """Returns a share with as many digits as tell it from none and from all: `49.7%`, `0.002%`."""
+    return f"{share:.1%}" if share in (0, 1) or 0.001 <= share <= 0.999 else f"{share * 100:.4g}%"
 
 
 def _rate(share: float) -> str:

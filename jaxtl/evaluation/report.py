@@ -158,6 +158,7 @@ def render(content: Content, drawn: Mapping[str, Figure]) -> str:
         it=content,
         result=content.result,
         figures=drawn,
+        subject=_subject(content),
         split=_split(content),
         tiles=_tiles(content, judged),
         facts=_facts(content),
@@ -176,6 +177,13 @@ def render(content: Content, drawn: Mapping[str, Figure]) -> str:
 
 def _split(content: Content) -> str:
     return "test" if content.result.get("test") else "held-out"
+
+
+def _subject(content: Content) -> str:
+    """Returns what was trained on what, by the last part of their names."""
+    model, data = content.settings["model"], content.settings["data"]
+    preset = model["preset"] if model["preset"] != "from_weights" else Path(model["weights"]).name
+    return f"{preset} on {data['name'] or Path(data['dir']).name or data.get('source') or content.kind}"
 
 
 def _tiles(content: Content, judged: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -200,7 +208,7 @@ def _tiles(content: Content, judged: Mapping[str, Any]) -> list[tuple[str, str, 
             note = f"{form.format(before[field])} before training" if field in before else ""
             tiles.append((heading, form.format(judged[field]), note or on))
     trained, total = result["trainable_parameters"], result["total_parameters"]
-    tiles.append(("Trained", f"{trained / total:.1%}", f"{trained:,} of {total:,} parameters"))
+    tiles.append(("Trained", figures.percent(trained / total), f"{trained:,} of {total:,} parameters"))
     tiles.append(("Time", _duration(result["seconds_total"]), f"{_duration(result['seconds_per_epoch'])} an epoch"))
     return tiles
 
@@ -219,15 +227,16 @@ def _facts(content: Content) -> list[tuple[str, str]]:
         if part
     )  # fmt: skip
     sizes = ", ".join(f"{sum(numbers):,} {split}" for split, numbers in content.counts.items())
-    epochs = result["steps"] * train["batch_size"] / max(result["train_examples"], 1)
+    epochs = result["steps"] / -(-result["train_examples"] // train["batch_size"])
+    rate = f"{optim['learning_rate']:g}" + (f" (for a width of {optim['width']})" if optim["width"] else "")
     kept = f"step {result['selected_step']:,} of {result['steps']:,}"
     facts = [
         ("Model", f"{model['preset']}, weights {model['weights']}; head: {head}"),
         ("Data", f"{source}: {sizes}"),
         (
             "Training",
-            f"{result['steps']:,} steps of {train['batch_size']} examples (about {epochs:.3g} epochs), "
-            f"{optim['name']}, learning rate {optim['learning_rate']:g} {optim['schedule']}, seed {train['seed']}, "
+            f"{result['steps']:,} steps of {train['batch_size']} examples ({epochs:.3g} epochs), "
+            f"{optim['name']}, learning rate {rate} {optim['schedule']}, seed {train['seed']}, "
             f"{train['precision']}",
         ),
         (

@@ -27,7 +27,7 @@ from jaxtl.training.evaluate import preparation
 from jaxtl.training.setup import Setup, count
 
 _SPLITS = ("training", "held-out", "test")
-_EXAMPLES = 8  # shown before and after preprocessing
+_IMAGES, _TEXTS = 8, 4  # shown before and after preprocessing
 _SIDE = 160  # pixels of a thumbnail: twice what it is shown in, for screens with fine pixels
 _TINY = 64  # pixels of an image, up to which they are shown as squares
 
@@ -115,13 +115,13 @@ def _stages(this: Setup) -> dict[str, dict[str, int]]:
 # --- examples before and after ------------------------------------------------------------------------------
 
 
-def _rows(labels: np.ndarray) -> np.ndarray:
+def _rows(labels: np.ndarray, most: int) -> np.ndarray:
     """Returns the first rows of each class in turn, a few in all."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], labels[order])
     turn = np.empty(len(labels), int)
     turn[order] = np.arange(len(labels)) - starts  # how many of its class come before it
-    return np.lexsort((labels, turn))[:_EXAMPLES]
+    return np.lexsort((labels, turn))[:most]
 
 
 def _prepared(this: Setup, examples: Examples, key: jax.Array | None) -> dict[int, dict[str, np.ndarray]]:
@@ -137,7 +137,7 @@ def _prepared(this: Setup, examples: Examples, key: jax.Array | None) -> dict[in
 
 def _images_prepared(this: Setup, split: Listing) -> tuple[list[Example], bool]:
     data, size = this.experiment.data, this.experiment.model.image_size
-    shown = split.take(_rows(split.labels))
+    shown = split.take(_rows(split.labels, _IMAGES))
     (examples,) = sources.read([shown], data.resize, size)
     key = None if data.augment == "none" else jax.random.key(this.experiment.train.seed)
     after = _prepared(this, examples, key)
@@ -155,7 +155,7 @@ def _images_prepared(this: Setup, split: Listing) -> tuple[list[Example], bool]:
 
 
 def _texts_prepared(this: Setup, split: Examples) -> list[Example]:
-    rows = _rows(split.labels)
+    rows = _rows(split.labels, _TEXTS)
     pieces = [split.inputs.values[slice(*split.inputs.offsets[row : row + 2])] for row in rows]
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in pieces])])
     chosen = dataclasses.replace(
@@ -189,12 +189,12 @@ def _in_words(this: Setup) -> str:
         scaled = {
             "unit": "from 0 to 1",
             "half": "from -1 to 1",
-            "imagenet": "less ImageNet's mean, divided by its deviation",
+            "imagenet": "scaled by ImageNet's mean and deviation",
         }[data.scale]
         changed = {"none": "", "flip": ", flipped at random", "crop_flip": ", cut and flipped at random"}[data.augment]
         return (
             f"Left: the file. Right: what the model gets, {resized} to {size} x {size} pixels{changed}; its values are "
-            f"{scaled}, here shown as colours."
+            f"{scaled}, and shown here as the colours that they stand for."
         )
     words = f"Below each text, its word pieces as the model gets them, at most {data.max_length}."
     if experiment.model.head.kind == "mlm":

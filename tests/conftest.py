@@ -51,6 +51,27 @@ def cache_of_its_own(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def reports_left_out():
+    """To draw a report takes longer than to train one of the tests' networks; `reports` has them written."""
+    from jaxtl.training import account
+
+    write = account.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(account, "write", lambda *_: [])
+        yield write
+
+
+@pytest.fixture(scope="module")
+def reports(reports_left_out):
+    """The runs of this module end with a report, as all runs do outside the tests."""
+    from jaxtl.training import account
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(account, "write", reports_left_out)
+        yield
+
+
 # --- a checkpoint of BERT, and texts with a rule to learn ------------------------------------------------
 
 # A text belongs to the class whose words are in it.

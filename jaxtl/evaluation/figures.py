@@ -173,7 +173,7 @@ def stages(by_stage: Mapping[str, Mapping[str, int]]) -> Figure:
         largest = max(map(sum, zip(trained, frozen, strict=True)))
         for row, count in enumerate(map(sum, zip(trained, frozen, strict=True))):
             axes.text(count + largest * 0.015, row, _count(count), va="center", fontsize=8)
-        axes.set_yticks(rows, names)
+        axes.set_yticks(rows, [_short(name) for name in names])
         axes.set(
             title="Parameters by stage", xlabel="parameters", xlim=(0, largest * 1.16), ylim=(len(names) - 0.4, -0.6)
         )
@@ -265,6 +265,7 @@ def reliability(found: Calibration, split: str) -> Figure:
             f"confidence {c:.2f}: accuracy {a:.2f} of {n:,}"
             for c, a, n in zip(found.confidence[full], found.accuracy[full], found.counts[full], strict=True)
         )
+        + "."
     )
     caption = (
         f"Expected calibration error (ECE) {found.error:.3f}: the difference between confidence and accuracy in each "
@@ -337,8 +338,8 @@ def _drawn(
 
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # The PNG has a box for a character that the font lacks, such as an emoji; the page shows it.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        # Of characters that the font lacks, such as emoji, for which the PNG has a box; the page shows them.
+        warnings.simplefilter("ignore", UserWarning)
         canvas = Canvas(figsize=(width, height))
         FigureCanvasAgg(canvas)
         draw(canvas)
@@ -362,7 +363,6 @@ def _for_page(svg: str, width: float) -> str:
     )
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every figure
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(font: (?:[a-z0-9]+ )?[\d.]+px) [^;\"<>]*", r"\1 var(--font)", svg)
     return svg.replace(_INK, "currentColor").strip()
 
 

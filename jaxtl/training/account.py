@@ -59,7 +59,9 @@ def write(
             traceback.print_exc()
         reason = " ".join(str(error).split()) or type(error).__name__
         say(
-            f"NO REPORT: {workdir / run.REPORT / report.PAGE} is not written ({reason}); the run itself is not affected"
+            f"NO REPORT: {workdir / run.REPORT / report.PAGE} cannot be written ({reason}). The run itself is not "
+            f"affected; to have it written later, remove {workdir / run.RESULT} and give the same command again: "
+            "nothing is trained anew"
         )
         return []
 

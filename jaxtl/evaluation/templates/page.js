@@ -72,8 +72,8 @@ for (const list of document.querySelectorAll("[data-list]")) {
       sort((item) => item.dataset[field], direction === "descending");
     });
   }
-  for (const control of [search, ...filters].filter(Boolean)) {
-    control.addEventListener("input", () => { shown = most; show(); });
-  }
+  const again = () => { shown = most; show(); };
+  if (search) search.addEventListener("input", again);
+  for (const filter of filters) filter.addEventListener("change", again);
   show();
 }

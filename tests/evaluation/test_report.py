@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import re
+import resource
 import shutil
 import xml.etree.ElementTree as ElementTree
 
@@ -12,12 +13,20 @@ import pytest
 from PIL import Image
 
 from jaxtl import config
-from jaxtl.evaluation import figures, metrics, pages, report
+from jaxtl.evaluation import figures, metrics, report
 from jaxtl.evaluation.report import Answer, Content, Example
 from jaxtl.training import freeze, loop
+from jaxtl.training.events import Events
 
 HOSTILE = "<script>alert(1)</script>"
 QUOTES = "\"><img src=x onerror=alert(2)> '&amp; ${1} {{ 7*7 }} $x^2$ #1b1f24 font: 9px x; 😷\n<!-- --></style>"
+
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # a PNG
+PICTURE = f"data:image/png;base64,{DOT}"
+EXAMPLES = {
+    "images": Example("file:0", "cat", before=PICTURE, after=PICTURE),
+    "texts": Example("file:0", "cat", text="a cat", pieces=(("[CLS]", "special"), ("cat", ""))),
+}
 
 
 # --- content made by hand ----------------------------------------------------------------------------------
@@ -57,7 +66,6 @@ def made(names=("cat", "dog", "frog"), count=60, *, kind="texts", seed=0, **more
         "platform": "cpu", "host_cores": 2, "python": "3.11.7", "versions": {"jaxtl": "0.1.0", "jax": "0.10.2"},
     }  # fmt: skip
     rows = report.shown_rows(likely, labels, 40)
-    picture = pages.picture(b"", "png")
     answers = [
         Answer(
             f"file:{row}",
@@ -65,7 +73,7 @@ def made(names=("cat", "dog", "frog"), count=60, *, kind="texts", seed=0, **more
             names[likely[row].argmax()],
             float(likely[row].max()),
             "" if kind == "images" else f"text {row} of {names[labels[row]]}",
-            picture if kind == "images" else "",
+            PICTURE if kind == "images" else "",
         )
         for row in rows
     ]
@@ -75,7 +83,7 @@ def made(names=("cat", "dog", "frog"), count=60, *, kind="texts", seed=0, **more
         stages={"embeddings": {"trained": 0, "frozen": 4378}, "head": {"trained": 1300, "frozen": 0}},
         counts={"training": [20] * len(names), "held-out": np.bincount(labels, minlength=len(names)).tolist()},
         kind=kind, labels=labels, likely=likely, answers=answers,
-        examples=[Example("file:0", names[0], text="a cat", pieces=(("[CLS]", "special"), ("cat", "")))],
+        examples=[EXAMPLES[kind]],
         preparation="Below each text, its word pieces.",
     )  # fmt: skip
     return dataclasses.replace(content, **more)
@@ -158,7 +166,11 @@ def hostile(kind):
         preparation=HOSTILE,
         stages={HOSTILE: {"trained": 1, "frozen": 1}, QUOTES: {"trained": 0, "frozen": 1}},
         answers=[dataclasses.replace(answer, id=QUOTES, text=answer.text and HOSTILE) for answer in found.answers],
-        examples=[Example(HOSTILE, QUOTES, text=QUOTES, pieces=((HOSTILE, ""), (QUOTES, "")))],
+        examples=[
+            dataclasses.replace(
+                EXAMPLES[kind], id=HOSTILE, label=QUOTES, text=QUOTES, pieces=((HOSTILE, ""), (QUOTES, "hidden-piece"))
+            )
+        ],
     )
 
 
@@ -396,6 +408,42 @@ def test_events_are_those_of_the_metrics_and_the_figures(image_run):
     assert len(images) == 6
 
 
+def line(step, **numbers):
+    return json.dumps({"step": step, "epoch": step / 4, "split": "train", **numbers}) + "\n"
+
+
+def test_a_run_that_goes_on_has_no_event_twice_and_none_of_steps_taken_again(tmp_path):
+    before = Events(tmp_path / "tensorboard", [])
+    for step in (1, 2, 3):
+        before.add(line(step, loss=1.0))
+    before.close()
+    after = Events(tmp_path / "tensorboard", [line(1, loss=1.0), line(2, loss=1.0)])  # the checkpoint is of step 2
+    after.add(line(3, loss=0.5, note="nan"), flush=True)
+    found, _ = events(tmp_path)
+    after.close()
+    assert found == [("train/loss", 1, 1.0), ("train/loss", 2, 1.0), ("train/loss", 3, 0.5)]
+
+
+@pytest.mark.parametrize("reason", ["full", "no folder"])
+def test_events_that_cannot_be_written_are_said_once_and_nothing_else_happens(tmp_path, capsys, reason):
+    folder = tmp_path / "tensorboard"
+    if reason == "no folder":
+        folder.write_text("a file")
+        Events(folder, []).close()
+    else:
+        found, limits = Events(folder, []), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # the system refuses to write more
+        try:
+            for step in range(200):
+                found.add(line(step, loss=1.0), flush=step % 50 == 0)
+            found.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert said.count("cannot be written") == 1
+    assert "metrics.jsonl" in said
+
+
 # --- in a real browser -------------------------------------------------------------------------------------
 
 QUIET = (
@@ -452,12 +500,13 @@ def column(browser, number):
     return [row.text for row in visible(browser, f"#predictions tbody tr > :nth-child({number})")]
 
 
-@pytest.mark.parametrize("name", ["images", "texts"])
-def test_page_is_accessible_and_fits_a_telephone_in_both_colour_schemes(browser, image_run, text_run, name):
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_page_is_accessible_and_fits_a_telephone_in_both_colour_schemes(browser, written, kind):
     from axe_core_python.selenium import Axe
 
-    path = {"images": image_run, "texts": text_run}[name] / "report/index.html"
-    for width, scheme in ((1200, "light"), (360, "dark")):
+    path = written / f"{kind}.html"
+    for width, scheme in ((1200, "light"), (1200, "dark"), (360, "light"), (360, "dark")):
         opened(browser, path, width, scheme)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert browser.execute_script("return document.fonts.status") == "loaded"
@@ -471,14 +520,16 @@ def test_page_is_accessible_and_fits_a_telephone_in_both_colour_schemes(browser,
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_nothing_in_a_page_is_run_or_fetched_but_its_own_script(browser, written):
     for kind in ("texts", "images"):
         opened(browser, written / f"{kind}.html")
         assert browser.execute_script("return document.documentElement.className") == "scripted"
         assert browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
-        assert not [line for line in browser.get_log("browser") if "data:image/png" not in line["message"]]
+        assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_table_is_sorted_by_mouse_and_keyboard(browser, written):
     from selenium.webdriver.common.keys import Keys
 
@@ -497,6 +548,7 @@ def test_table_is_sorted_by_mouse_and_keyboard(browser, written):
     assert column(browser, 4) == sorted(before)
 
 
+@pytest.mark.slow
 def test_predictions_are_searched_filtered_and_ordered(browser, written):
     opened(browser, written / "images.html")
     shown = hostile("images").answers
@@ -528,11 +580,12 @@ def test_predictions_are_searched_filtered_and_ordered(browser, written):
     assert visible(browser, "#predictions .cards li") == []
 
 
-def test_long_lists_are_shown_by_parts(browser, written):
-    content = made(count=200)
+@pytest.mark.slow
+def test_long_lists_are_shown_by_parts(browser, written, drawn):
+    content = made()
     content = dataclasses.replace(content, answers=[content.answers[0]] * 130)
     path = written / "long.html"
-    path.write_text(report.render(content, report.draw(content)), encoding="utf-8")
+    path.write_text(report.render(content, drawn), encoding="utf-8")
     opened(browser, path)
     assert len(visible(browser, "#predictions tbody tr")) == 50
     browser.find_element("css selector", "#predictions .more").click()

@@ -177,6 +177,7 @@ def stages(by_stage: Mapping[str, Mapping[str, int]]) -> Figure:
         axes.set(
             title="Parameters by stage", xlabel="parameters", xlim=(0, largest * 1.16), ylim=(len(names) - 0.4, -0.6)
         )
+        axes.xaxis.get_major_locator().set_params(nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _: _count(value))
         axes.grid(visible=False, axis="y")
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16 * 16 / (len(names) + 4)), ncols=2, borderaxespad=0)
@@ -410,8 +411,10 @@ def _count(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Returns a share with as many digits as tell it from none and from all: `49.7%`, `0.002%`."""
-    return f"{share:.1%}" if share in (0, 1) or 0.001 <= share <= 0.999 else f"{share * 100:.4g}%"
+    """Returns a share with as many digits as tell it from none and from all: `49.7%`, `0.0017%`, `99.995%`."""
+    if share in (0, 1) or 0.001 <= share <= 0.999:
+        return f"{share:.1%}"
+    return f"{share * 100:.2g}%" if share < 0.5 else f"{share:.3%}"
 
 
 def _rate(share: float) -> str:

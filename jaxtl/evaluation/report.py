@@ -218,14 +218,9 @@ def _facts(content: Content) -> list[tuple[str, str]]:
     settings, result = content.settings, content.result
     model, data, train, optim = (settings[name] for name in ("model", "data", "train", "optim"))
     head = f"{model['head']['kind']} on {model['head']['reads']}" if model["head"]["kind"] != "mlm" else "masked words"
-    source = " ".join(
-        str(part)
-        for part in (
-            data.get("source", ""), data["name"], data["dir"], *data.get("train", ()), data.get("validation", ""),
-            data.get("test", ""),
-        )
-        if part
-    )  # fmt: skip
+    source = data.get("source", "auto")
+    files = (*data.get("train", ()), data.get("validation", ""), data.get("test", ""))
+    source = " ".join(filter(None, ("" if source == "auto" else source, data["name"], data["dir"], *files)))
     sizes = ", ".join(f"{sum(numbers):,} {split}" for split, numbers in content.counts.items())
     epochs = result["steps"] / -(-result["train_examples"] // train["batch_size"])
     rate = f"{optim['learning_rate']:g}" + (f" (for a width of {optim['width']})" if optim["width"] else "")
@@ -368,4 +363,4 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes < 10 else f"{minutes} min"

@@ -73,10 +73,12 @@ def of(this: Setup, splits: list[Any]) -> Flops:
     def forward(split: Any, inputs: Any, start: str | None, stop: str | None = None) -> int:
         run = step.forward(this.net.structure, step.unchanged, start, stop)
         size = settings.eval_batch_size
-        return _over(split, size, lambda length: count(run, learning, resting, _batch(inputs, size, length)), this)
+        return _over(
+            split, size, lambda length: count(run, learning, resting, abstract_batch(inputs, size, length)), this
+        )
 
     def training(length: int) -> int:
-        return count(train, state, resting, _batch(entering, settings.batch_size, length), key)
+        return count(train, state, resting, abstract_batch(entering, settings.batch_size, length), key)
 
     entering = this.activations if this.plan.cached else this.net.input
     once = 0
@@ -107,7 +109,7 @@ def _over(split: Any, batch_size: int, cost: Callable[[int], int], this: Setup) 
     return sum(cost(length) * count for length, count in batches.items())
 
 
-def _batch(inputs: Any, size: int, length: int) -> dict[str, Any]:
+def abstract_batch(inputs: Any, size: int, length: int) -> dict[str, Any]:
     """Returns an abstract batch of what `inputs` is one row of."""
 
     def rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

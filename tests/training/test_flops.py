@@ -58,7 +58,7 @@ def step_of(experiment):
     state = jax.eval_shape(lambda params: step.TrainState.create(params, this.optimizer), learning)
     key = jax.eval_shape(lambda: jax.random.key(0))
     entering = this.activations if this.plan.cached else this.net.input
-    batch = flops._batch(entering, experiment.train.batch_size, getattr(experiment.data, "max_length", 0))
+    batch = flops.abstract_batch(entering, experiment.train.batch_size, getattr(experiment.data, "max_length", 0))
     return this, train_step, (state, resting, batch, key)
 
 

@@ -36,7 +36,10 @@ while (($#)); do
     --accelerator | --accelerator=*) accelerator=$(value "$1") ;;
     --processes | --processes=*) processes=$(value "$1") ;;
     --port | --port=*) port=$(value "$1") ;;
-    --zone | --zone=*) say "--zone=$(value "$1") has no meaning on this machine" ;;
+    --zone | --zone=*)
+      zone=$(value "$1")
+      say "--zone=$zone has no meaning on this machine"
+      ;;
     --dry_run) dry_run=yes ;;
     --help | -h) usage "${BASH_SOURCE[0]}" && exit 0 ;;
     --) shift && passed+=("$@") && break ;;

@@ -185,7 +185,7 @@ END
 # the command again, and it finds the same run going on. Another run is told to save and to end first.
 run_command() {
   local attempt=$1 id program
-  program=$(quoted env "${environment[@]}" .venv/bin/python -m jaxtl.main --distributed=auto "${passed[@]}")
+  program=$(quoted env PYTHONUNBUFFERED=1 "${environment[@]}" .venv/bin/python -m jaxtl.main --distributed=auto "${passed[@]}")
   id=$(printf '%s' "$program" | cksum | cut -d ' ' -f 1)-$attempt
   cat <<END
 cd $folder || exit 1

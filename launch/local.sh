@@ -18,7 +18,8 @@
 # JAX_NUM_CPU_DEVICES=8 makes eight devices of the CPU.
 #
 # The same command again goes on with a run that was interrupted. Ctrl-C is passed on: the run is saved and ends; a
-# second one ends it at once. When one of several processes fails, the others end, after 150 seconds by force.
+# second one ends it at once. When one of several processes fails, the others end, after 150 seconds
+# ($JAXTL_LAUNCH_GRACE) by force.
 # Exit status: that of jaxtl.main, of several the first that is not 0.
 
 set -euo pipefail

@@ -75,7 +75,7 @@ def _residuals(this: Setup, learning: stages.Params, resting: stages.Params, row
     """Returns the bytes that a backward pass reads and that are neither parameters nor the batch."""
     settings = this.experiment.train
     length = max(this.lengths, default=getattr(this.experiment.data, "max_length", 0))
-    batch = flops.abstract_batch(this.activations if this.plan.cached else this.net.input, rows, length)
+    batch = flops.abstract_batch(this.entering, rows, length)
     loss = step.loss(
         this.net.structure,
         freeze.frozen_stages(this.labels, this.net.stages),

@@ -54,6 +54,11 @@ class Setup:
         """The stage that training begins with where the plan can be kept to; None: the first."""
         return self.net.stages[self.net.stages.index(self.plan.boundary) + 1] if self.plan.cached else None
 
+    @property
+    def entering(self) -> Any:
+        """What a batch of the training holds of one example, abstract: the model's input, or kept activations."""
+        return self.activations if self.plan.cached else self.net.input
+
     def train_step(self, prepare: step.Prepare, start: str | None) -> Callable:
         """Returns the training step, see `step.train_step`, of batches that `prepare` makes the input of `start`."""
         settings = self.experiment.train

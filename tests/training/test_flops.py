@@ -10,7 +10,7 @@ import pytest
 
 from jaxtl import config, experiments
 from jaxtl.data.listing import Examples, Ragged
-from jaxtl.training import explain, flops, freeze, step
+from jaxtl.training import explain, flops, freeze
 from jaxtl.training.setup import describe
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -53,13 +53,7 @@ def published(name):
 
 def step_of(experiment):
     this = describe(experiment, None, 10 if isinstance(experiment.data, config.Images) else 2, 5_000, 1_000)
-    learning, resting = freeze.partition(this.net.params, this.labels)
-    train_step = this.train_step(step.unchanged, this.start)
-    state = jax.eval_shape(lambda params: step.TrainState.create(params, this.optimizer), learning)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    entering = this.activations if this.plan.cached else this.net.input
-    batch = flops.abstract_batch(entering, experiment.train.batch_size, getattr(experiment.data, "max_length", 0))
-    return this, train_step, (state, resting, batch, key)
+    return this, *flops.training_step(this, getattr(experiment.data, "max_length", 0))
 
 
 @pytest.mark.slow

@@ -269,6 +269,20 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How a run is divided among devices. The result is the same up to rounding.
+
+    Attributes:
+        devices: how many take part, each with an equal part of every batch; None: all that there are.
+        fsdp: among how many of them parameters, optimiser state and gradients are divided, instead of every device
+            having all of them: less memory, more communication. 1: among none. It must divide the devices.
+    """
+
+    devices: int | None = None
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One training run, whole: everything but the folder it writes to.
 
@@ -285,6 +299,7 @@ class Experiment:
     train: Train = Train()
     plan: Plan = Plan()
     checkpoint: Checkpoint = Checkpoint()
+    parallel: Parallel = Parallel()
     reported: tuple[tuple[str, float], ...] = ()
 
 
@@ -402,6 +417,8 @@ _CHECKS = {
     "checkpoint.every_minutes": _NOT_NEGATIVE,
     "checkpoint.every_steps": _NOT_NEGATIVE,
     "checkpoint.keep": _POSITIVE,
+    "parallel.devices": _POSITIVE,
+    "parallel.fsdp": _POSITIVE,
     "train.accumulate_steps": _POSITIVE,
     "train.epochs": _POSITIVE,
     "train.max_steps": _POSITIVE,

@@ -261,14 +261,16 @@ class _Prefix:
         self, this: Setup, prepare: step.Prepare, params: stages.Params, frozen: stages.Params, like: Examples
     ):
         self.seconds_compile = 0.0
-        self._step = step.forward(this.net.structure, prepare, stop=this.plan.boundary)
+        self._step = step.forward(this.net.structure, prepare, stop=this.plan.boundary, layout=this.layout)
         self._params, self._like, self._this = (params, frozen), like, this
         self._compiled: dict[int, Callable] = {}
 
     def __call__(self, batch: dict[str, Any], key: tuple[jax.Array, ...]) -> Any:
         if len(key) not in self._compiled:
             begun, size = time.perf_counter(), self._this.experiment.train.eval_batch_size
-            self._compiled[len(key)] = compile_step(self._step, self._params, self._like, size, self._this.lengths, key)
+            self._compiled[len(key)] = compile_step(
+                self._step, self._params, self._like, size, self._this.lengths, self._this.layout, key
+            )
             self.seconds_compile += time.perf_counter() - begun
         return self._compiled[len(key)](*self._params, batch, *key)
 
@@ -285,7 +287,7 @@ def _fill(array: np.ndarray, split: _Split, run: Callable, this: Setup) -> None:
             view, place = divmod(number, steps)
             key = (jax.random.fold_in(jax.random.fold_in(views_key, view), place),) if split.views else ()
             rows = np.where(batch["index"] >= 0, view * count + batch["index"], -1)
-            yield rows, run(jax.device_put(batch), key)
+            yield rows, run(this.layout.put_batch(batch), key)
 
     for rows, found in behind(outputs(), 1):
         values = jax.device_get(stages.values(found))

@@ -60,7 +60,7 @@ class Saved:
     _optimizer: dict[str, np.ndarray]
 
     def state(self, like: TrainState) -> TrainState:
-        """Returns the training state, shaped like another.
+        """Returns the training state, on the host, shaped like another.
 
         Raises:
             UserError: parameters or optimiser state are of another shape.
@@ -75,7 +75,7 @@ class Saved:
                 "of these settings: go on with the version that began, or --overwrite to start anew"
             )
         opt_state = jax.tree_util.tree_map_with_path(lambda path, _: self._optimizer[_name(path)], like.opt_state)
-        return jax.device_put(TrainState(np.int32(self.step), self.params, opt_state))
+        return TrainState(np.int32(self.step), self.params, opt_state)
 
 
 class Saver:

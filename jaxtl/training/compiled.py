@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxtl.data.listing import Examples, Ragged
 from jaxtl.models import stages
+from jaxtl.training.sharding import Layout
 
 T = TypeVar("T")
 
@@ -17,7 +18,13 @@ BATCH = 2  # position of the batch among the arguments of every step
 
 
 def compile_step(
-    step: Any, before: tuple, dataset: Examples, batch_size: int, lengths: Sequence[int], after: tuple = ()
+    step: Any,
+    before: tuple,
+    dataset: Examples,
+    batch_size: int,
+    lengths: Sequence[int],
+    layout: Layout,
+    after: tuple = (),
 ) -> Callable:
     """Returns the jitted `step(*before, batch, *after)`, compiled for the batches of a data set.
 
@@ -27,9 +34,10 @@ def compile_step(
         dataset: what the batches are made of.
         batch_size: their rows.
         lengths: of the batches, where the inputs are sequences.
+        layout: where the batches lie.
     """
     shapes = lengths if isinstance(dataset.inputs, Ragged) else (0,)
-    lowered = [step.lower(*before, abstract_batch(dataset, batch_size, length), *after) for length in shapes]
+    lowered = [step.lower(*before, abstract_batch(dataset, batch_size, length, layout), *after) for length in shapes]
     with ThreadPoolExecutor() as threads:  # XLA compiles outside of Python's lock
         by_length = dict(zip(shapes, threads.map(lambda one: one.compile(), lowered), strict=True))
 
@@ -51,19 +59,23 @@ def behind(sent: Iterable[T], steps: int) -> Iterator[T]:
     yield from pending
 
 
-def abstract_batch(dataset: Examples, batch_size: int, length: int) -> dict[str, Any]:
-    """Returns the shapes and dtypes of a batch that `to_device` sends."""
+def abstract_batch(dataset: Examples, batch_size: int, length: int, layout: Layout) -> dict[str, Any]:
+    """Returns the shapes and dtypes of a batch that `layout.put_batch` returns."""
+
+    def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=layout.by_row)
+
     if isinstance(dataset.inputs, Ragged):
         values = dataset.inputs.values
         inputs: Any = stages.Sequence(
-            jax.ShapeDtypeStruct((batch_size, length, *values.shape[1:]), values.dtype),
-            jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+            abstract((length, *values.shape[1:]), values.dtype),
+            abstract((), jnp.int32),
         )
     else:
-        inputs = jax.ShapeDtypeStruct((batch_size, *dataset.inputs.shape[1:]), dataset.inputs.dtype)
+        inputs = abstract(dataset.inputs.shape[1:], dataset.inputs.dtype)
     return {
         "input": inputs,
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        "weight": jax.ShapeDtypeStruct((batch_size,), jnp.float32),
-        "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        "label": abstract((), jnp.int32),
+        "weight": abstract((), jnp.float32),
+        "index": abstract((), jnp.int32),
     }

@@ -118,14 +118,21 @@ def evaluator(
     hidden = this.experiment.model.head.kind == "mlm"
     batch_size = this.experiment.train.eval_batch_size
     make = step.score if hidden else step.forward
-    compiled = compile_step(make(this.net.structure, prepare, start), (params, frozen), like, batch_size, this.lengths)
+    compiled = compile_step(
+        make(this.net.structure, prepare, start, layout=this.layout),
+        (params, frozen),
+        like,
+        batch_size,
+        this.lengths,
+        this.layout,
+    )
 
     def evaluate(params: stages.Params, examples: Examples) -> Evaluation:
         started, count = time.perf_counter(), len(examples.labels)
         batches = loader.batches(examples, batch_size, seed=None, lengths=this.lengths)
         figures, logits = np.zeros(4), None
         shown = track(batches, loader.steps_per_epoch(count, batch_size), "evaluating")
-        sent = ((batch["index"], compiled(params, frozen, jax.device_put(batch))) for batch in shown)
+        sent = ((batch["index"], compiled(params, frozen, this.layout.put_batch(batch))) for batch in shown)
         for index, found in behind(sent, 1):
             interrupt.check()
             found = np.asarray(found)

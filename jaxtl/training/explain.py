@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -12,7 +13,7 @@ from jaxtl import config
 from jaxtl.config import Data, Experiment, Images, Plan, Suite
 from jaxtl.evaluation import compare
 from jaxtl.models import presets
-from jaxtl.training import flops, freeze, optim, suite
+from jaxtl.training import flops, freeze, memory, optim, suite
 from jaxtl.training.network import network
 from jaxtl.training.setup import Setup, count, preview
 
@@ -89,6 +90,7 @@ def describe(this: Setup, splits: list[Any], workdir: Path, shown: Experiment | 
         "leading_tokens": presets.leading(this.net.config, experiment.model.head.reads)
         if experiment.plan.prune
         else None,
+        "memory": dataclasses.asdict(memory.of(this, experiment.parallel.devices or jax.device_count())),
         "flops": dataclasses.asdict(flops.of(this, splits)),
         "flops_without": dataclasses.asdict(flops.of(without, splits)),
         "workdir": str(workdir),
@@ -131,6 +133,7 @@ def _show(name: str, found: dict[str, Any]) -> None:
         tokens = "the first token" if leading == 1 else f"the first {leading} tokens"
         console.print(f"        the head reads {tokens}: the last block computes no others")
     _show_flops(found["flops"], found["flops_without"])
+    _show_memory(memory.Memory(**found["memory"]), experiment.parallel.fsdp)
     console.print(f"writes  {found['workdir']}")
 
 
@@ -149,6 +152,22 @@ def _show_flops(planned: dict[str, int], without: dict[str, int]) -> None:
         if planned[field] or without[field]
     ]
     compare.show(("GFLOP", "with this plan", "without", "times less"), rows, numbers=True)
+
+
+def _show_memory(found: memory.Memory, fsdp: int) -> None:
+    """Prints what a training step keeps in memory."""
+    rows = [
+        ("parameters", found.parameters),
+        ("optimiser", found.optimizer),
+        ("gradients", found.gradients),
+        ("gathered parameters", found.gathered),
+        ("activations for the backward pass", found.activations),
+        ("all of these", found.device),
+        ("in the host's memory: kept activations", found.cache),
+    ]
+    devices = "one device" if found.devices == 1 else f"each of {found.devices} devices"
+    devices += f", parameters divided among {fsdp}" if fsdp > 1 else ""
+    compare.show((f"GB on {devices}", ""), [(name, f"{size / 1e9:.3g}") for name, size in rows if size], numbers=True)
 
 
 def _number(flops: int) -> str:

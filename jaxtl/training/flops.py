@@ -66,19 +66,19 @@ def of(this: Setup, splits: list[Any]) -> Flops:
     """
     settings, steps = this.experiment.train, this.steps
     learning, resting = freeze.partition(this.net.params, this.labels)
-    train = this.train_step(step.unchanged, this.start)
-    state = jax.eval_shape(lambda params: step.TrainState.create(params, this.optimizer), learning)
-    key = jax.eval_shape(lambda: jax.random.key(0))
 
     def forward(split: Any, inputs: Any, start: str | None, stop: str | None = None) -> int:
         run = step.forward(this.net.structure, step.unchanged, start, stop)
         size = settings.eval_batch_size
-        return _over(split, size, lambda length: count(run, learning, resting, _batch(inputs, size, length)), this)
+        return _over(
+            split, size, lambda length: count(run, learning, resting, abstract_batch(inputs, size, length)), this
+        )
 
     def training(length: int) -> int:
-        return count(train, state, resting, _batch(entering, settings.batch_size, length), key)
+        train, arguments = training_step(this, length)
+        return count(train, *arguments)
 
-    entering = this.activations if this.plan.cached else this.net.input
+    entering = this.entering
     once = 0
     if this.plan.cached:
         views = [max(this.plan.views, 1), 1, 1]
@@ -94,6 +94,20 @@ def of(this: Setup, splits: list[Any]) -> Flops:
     return Flops(once, round(each), epoch, evaluation, round(once + each * steps + evaluation * evaluations + test))
 
 
+def training_step(this: Setup, length: int) -> tuple[Callable, tuple[Any, ...]]:
+    """Returns the training step that the plan leaves, and abstract arguments: state, frozen parameters, batch, key.
+
+    Args:
+        this: the run.
+        length: of the batch's texts, in word pieces; without meaning for images.
+    """
+    learning, resting = freeze.partition(this.net.params, this.labels)
+    state = jax.eval_shape(lambda params: step.TrainState.create(params, this.optimizer), learning)
+    batch = abstract_batch(this.entering, this.experiment.train.batch_size, length)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return this.train_step(step.unchanged, this.start), (state, resting, batch, key)
+
+
 def _over(split: Any, batch_size: int, cost: Callable[[int], int], this: Setup) -> int:
     """Returns the cost of one pass, from that of a batch of a given length."""
     number, lengths = len(split.labels), None
@@ -107,7 +121,7 @@ def _over(split: Any, batch_size: int, cost: Callable[[int], int], this: Setup) 
     return sum(cost(length) * count for length, count in batches.items())
 
 
-def _batch(inputs: Any, size: int, length: int) -> dict[str, Any]:
+def abstract_batch(inputs: Any, size: int, length: int) -> dict[str, Any]:
     """Returns an abstract batch of what `inputs` is one row of."""
 
     def rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -21,7 +21,7 @@ from jaxtl.errors import UserError
 from jaxtl.evaluation import predictions
 from jaxtl.models import stages
 from jaxtl.progress import Bar, say, track
-from jaxtl.training import account, cache, checkpoint, freeze, optim, run, step
+from jaxtl.training import account, cache, checkpoint, freeze, optim, run, sharding, step
 from jaxtl.training.compiled import behind, compile_step
 from jaxtl.training.evaluate import Evaluation, evaluator, preparation
 from jaxtl.training.network import TOKENIZER, initial_params, locate
@@ -67,7 +67,7 @@ def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> 
                     f"the checkpoint of step {saved.step} in {workdir} is of another version of jaxtl or grain: go on "
                     "with the versions in its environment.json, or --overwrite to start anew"
                 ) from None
-            state = saved.state(state)
+            state = ready.this.layout.put(saved.state(state))
             say(f"going on after step {saved.step} of {ready.this.steps}")
         standing.seconds.update(ready.seconds)
         claim.take(anew=overwrite)
@@ -123,8 +123,10 @@ class _Ready:
 
 def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     settings = experiment.train
+    layout = sharding.layout(experiment)
     this, drawn = look(experiment, locate, track)
-    params = initial_params(this.net, experiment.model, this.weights, settings.seed)
+    this = dataclasses.replace(this, layout=layout)
+    params = layout.put(initial_params(this.net, experiment.model, this.weights, settings.seed))
     params, frozen = freeze.partition(params, this.labels)
     splits = drawn
     if isinstance(experiment.data, Images):  # after all that can be wrong with the rest: decoding may take minutes
@@ -151,11 +153,11 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
         seconds["compile"] += once.seconds_compile
         splits, prepare, start = once.splits, once.prepare, this.start
 
-    state = step.TrainState.create(params, this.optimizer)
+    state = layout.put(step.TrainState.create(params, this.optimizer))
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)  # the key itself made the initial values
     begun = time.perf_counter()
     train_step = compile_step(
-        this.train_step(prepare, start), (state, frozen), splits[0], settings.batch_size, this.lengths, (key,)
+        this.train_step(prepare, start), (state, frozen), splits[0], settings.batch_size, this.lengths, layout, (key,)
     )
     evaluate = evaluator(this, prepare, start, state.params, frozen, splits[1])
     seconds["compile"] += time.perf_counter() - begun
@@ -278,7 +280,7 @@ class _Loop:
         """Judges what was kept, writes it, and returns what result.json holds."""
         this, standing, ready = self._this, self._standing, self._ready
         train_set, eval_set, *test_sets = ready.splits
-        kept, params = standing.kept, jax.device_put(standing.kept.params)
+        kept, params = standing.kept, this.layout.put(standing.kept.params)
         judged, examples = kept.evaluation, eval_set
         if test_sets:  # looked at once, with the parameters that were kept
             judged, examples = self._evaluate(params, test_sets[0]), test_sets[0]
@@ -374,7 +376,7 @@ class _Loop:
         while done < until:
             asked = time.perf_counter()
             host = next(ready.batches)
-            batch = jax.device_put(host)
+            batch = self._this.layout.put_batch(host)
             self._standing.seconds["waiting_for_input"] += time.perf_counter() - asked
             self._state, figures = ready.train_step(self._state, ready.frozen, batch, ready.key)
             done += 1

@@ -41,8 +41,8 @@ from jaxtl.training.events import Events
 EXPERIMENT, ENVIRONMENT, METRICS, RESULT = "experiment.json", "environment.json", "metrics.jsonl", "result.json"
 LOCK, REPORT, EVENTS = "lock", "report", "tensorboard"
 
-# Settings that decide where something is kept, and nothing about the result.
-_WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb", "checkpoint.")
+# Settings that decide where something is kept or computed, and nothing about the result but its rounding.
+_WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb", "checkpoint.", "parallel.")
 _RESULT_HAS = {"accuracy", "loss", "held_out", "classes", "architecture", "trained_sha256", "seconds_total", "versions"}
 _PACKAGES = ("jaxtl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 

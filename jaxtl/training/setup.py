@@ -15,7 +15,7 @@ from jaxtl.data import buckets, loader, sources, tokens
 from jaxtl.data.listing import Track, no_progress
 from jaxtl.errors import UserError
 from jaxtl.models import stages
-from jaxtl.training import freeze, optim, plan, step
+from jaxtl.training import freeze, optim, plan, sharding, step
 from jaxtl.training.network import Network, locate, network, tokenizer_folder
 from jaxtl.weights import hub
 
@@ -33,6 +33,7 @@ class Setup:
         optimizer: of the trainable parameters.
         lengths: of the batches of text, ascending; empty for images, and where the texts are not tokenised yet.
         tokenizer: of text; None where it is not at hand yet.
+        layout: of its arrays on the devices; until training begins, that of one device.
     """
 
     experiment: Experiment
@@ -46,11 +47,17 @@ class Setup:
     optimizer: optax.GradientTransformation
     lengths: tuple[int, ...] = ()
     tokenizer: Any = None
+    layout: sharding.Layout = sharding.Layout()
 
     @property
     def start(self) -> str | None:
         """The stage that training begins with where the plan can be kept to; None: the first."""
         return self.net.stages[self.net.stages.index(self.plan.boundary) + 1] if self.plan.cached else None
+
+    @property
+    def entering(self) -> Any:
+        """What a batch of the training holds of one example, abstract: the model's input, or kept activations."""
+        return self.activations if self.plan.cached else self.net.input
 
     def train_step(self, prepare: step.Prepare, start: str | None) -> Callable:
         """Returns the training step, see `step.train_step`, of batches that `prepare` makes the input of `start`."""
@@ -63,6 +70,7 @@ class Setup:
             start,
             accumulate=settings.accumulate_steps,
             remat=settings.remat == "blocks",
+            layout=self.layout,
         )
 
 

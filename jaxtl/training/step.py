@@ -13,6 +13,9 @@ import optax
 from flax import nnx
 
 from jaxtl.models import stages
+from jaxtl.training.sharding import Layout
+
+_ONE_DEVICE = Layout()
 
 Batch = Mapping[str, Any]
 """What `jaxtl.data.loader` yields: `input`, `label` int32 [batch], `weight` float32 [batch], 0 for padding; `index`."""
@@ -58,6 +61,7 @@ def train_step(
     *,
     accumulate: int = 1,
     remat: bool = False,
+    layout: Layout = _ONE_DEVICE,
 ) -> Callable[[TrainState, stages.Params, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """Returns `step(state, frozen, batch, key) -> (state, figures)`, jitted, the state donated.
 
@@ -73,20 +77,16 @@ def train_step(
         start: the first stage to run; None is the model's first.
         accumulate: parts that a batch is gone through in, one after the other; the batch must divide.
         remat: see `stages.Staged`.
+        layout: where state and batches lie.
     """
+
+    loss_fn = loss(structure, frozen_stages, start, remat=remat, layout=layout)
 
     def gradients_of(trainable: stages.Params, frozen: stages.Params, raw: Batch, key: jax.Array):
         """Returns the gradients of the sum of the losses, and the figures."""
         prepare_key, dropout_key = jax.random.split(key)
         batch = prepare(raw, prepare_key)
-
-        def loss_fn(trainable: stages.Params):
-            model = stages.bind(structure, {**frozen, **trainable})
-            logits = model(batch["input"], start=start, rng=dropout_key, deterministic=frozen_stages, remat=remat)
-            figures = _figures(logits, batch, raw)
-            return figures[0], figures
-
-        return jax.grad(loss_fn, has_aux=True)(trainable)
+        return jax.grad(loss_fn, has_aux=True)(trainable, frozen, batch, raw, dropout_key)
 
     def step(state: TrainState, frozen: stages.Params, raw: Batch, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
@@ -108,29 +108,56 @@ def train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        figures = jnp.append(figures, jnp.where(finite, 0.0, 1.0))
-        return TrainState(state.step + 1, params, opt_state), figures
+        figures = layout.gathered(jnp.append(figures, jnp.where(finite, 0.0, 1.0)))
+        return layout.divided(TrainState(state.step + 1, params, opt_state)), figures
 
     return jax.jit(_exact(step), donate_argnums=0)
 
 
+def loss(
+    structure: nnx.GraphDef,
+    frozen_stages: Collection[str],
+    start: str | None = None,
+    *,
+    remat: bool = False,
+    layout: Layout = _ONE_DEVICE,
+) -> Callable[[stages.Params, stages.Params, Batch, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns `loss(trainable, frozen, batch, raw, key) -> (sum of the losses, figures)`, to be differentiated.
+
+    `batch` is the prepared `raw`; `figures` are those of `score`; for the rest see `train_step`.
+    """
+
+    def loss_fn(trainable: stages.Params, frozen: stages.Params, batch: Batch, raw: Batch, key: jax.Array):
+        model = stages.bind(structure, layout.gathered({**frozen, **trainable}))
+        logits = model(batch["input"], start=start, rng=key, deterministic=frozen_stages, remat=remat)
+        figures = _figures(logits, batch, raw)
+        return figures[0], figures
+
+    return loss_fn
+
+
 def forward(
-    structure: nnx.GraphDef, prepare: Prepare, start: str | None = None, stop: str | None = None
+    structure: nnx.GraphDef,
+    prepare: Prepare,
+    start: str | None = None,
+    stop: str | None = None,
+    layout: Layout = _ONE_DEVICE,
 ) -> Callable[..., Any]:
     """Returns `step(trainable, frozen, batch, key=None) -> output of stage stop`, jitted.
 
     Nothing is random but the preparation, and that only with a key. Of the batch, `input` is enough. Without `stop` the
-    output is the logits: float32 [batch, classes], or [batch, 1].
+    output is the logits: float32 [batch, classes], or [batch, 1]. Every device has all of the output.
     """
 
     def step(trainable: stages.Params, frozen: stages.Params, raw: Batch, key: jax.Array | None = None) -> Any:
-        return stages.bind(structure, {**frozen, **trainable})(prepare(raw, key)["input"], start=start, stop=stop)
+        model = stages.bind(structure, layout.gathered({**frozen, **trainable}))
+        return layout.gathered(model(prepare(raw, key)["input"], start=start, stop=stop))
 
     return jax.jit(_exact(step))
 
 
 def score(
-    structure: nnx.GraphDef, prepare: Prepare, start: str | None = None
+    structure: nnx.GraphDef, prepare: Prepare, start: str | None = None, layout: Layout = _ONE_DEVICE
 ) -> Callable[[stages.Params, stages.Params, Batch], jax.Array]:
     """Returns `step(trainable, frozen, batch) -> figures`, jitted, nothing random.
 
@@ -139,7 +166,8 @@ def score(
 
     def step(trainable: stages.Params, frozen: stages.Params, raw: Batch) -> jax.Array:
         batch = prepare(raw, None)
-        return _figures(stages.bind(structure, {**frozen, **trainable})(batch["input"], start=start), batch, raw)
+        model = stages.bind(structure, layout.gathered({**frozen, **trainable}))
+        return layout.gathered(_figures(model(batch["input"], start=start), batch, raw))
 
     return jax.jit(_exact(step))
 

@@ -5,7 +5,9 @@ a dot product of length n has a relative error of about sqrt(n) * 6e-8 (n = 768:
 few times that. 2e-5 of the largest value for activations and 1e-4 for gradients, which pass through every block twice,
 leave room for that and for nothing else: a wrong GELU alone is off by 1e-3. The attention of a trained model is
 sharper, its query gradients are small differences of large numbers: there transformers itself, in float32, is up to
-1.1e-4 away from its float64 result, and we may be twice as far as it is.
+1.1e-4 away from its float64 result. XLA's CPU backend sums in sequence what torch sums by halves: over the parameters
+of DINOv2-small at 518 pixels its rounding is 2.4 times torch's in the median and 7 times at worst (without AVX-512). We
+may be ten times as far away as transformers is.
 """
 
 import copy
@@ -110,7 +112,7 @@ def compare(model, folder, size, batch=2):
             assert np.abs(gradients[path]).max() <= GRADIENT * largest, path
         else:
             floor = np.abs(rounded[path] - value).max() / np.abs(value).max()
-            assert_close(gradients[path], value, max(GRADIENT, 2 * floor), path)
+            assert_close(gradients[path], value, max(GRADIENT, 10 * floor), path)
 
 
 DEIT_BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)

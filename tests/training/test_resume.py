@@ -38,18 +38,23 @@ def change(experiment, *assignments):
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("augmented", "views", "texts", "mlm")]
 
 
-@pytest.fixture(params=["cached_best", *SLOWER])
-def experiment(request, bert_folder, text_folder):
-    """Experiments that draw random numbers in every way there is."""
+@pytest.fixture(scope="session")
+def texts(bert_folder, text_folder):
+    """An experiment on texts, everything learns."""
     data = config.Text(
         dir=str(text_folder), train=("train.csv",), max_length=40, buckets=2, train_size=70, eval_size=30
     )
-    texts = config.Experiment(
+    return config.Experiment(
         model=config.Model("from_weights", str(bert_folder), head=config.Head("fc", "cls", dropout=0.3)),
         data=data,
         optim=config.Optim("adamw", learning_rate=3e-3, schedule="cosine", warmup=0.2),
         train=config.Train(epochs=3, batch_size=16, eval_batch_size=32, log_every=3),
     )
+
+
+@pytest.fixture(params=["cached_best", *SLOWER])
+def experiment(request, texts):
+    """Experiments that draw random numbers in every way there is."""
     return {
         "cached_best": change(IMAGES, "train.select=best"),
         "augmented": change(IMAGES, "data.augment=crop_flip", "freeze=train_all()", "train.accumulate_steps=2"),
@@ -190,9 +195,10 @@ def test_frozen_leaves_stay_bitwise_equal_under_weight_decay_and_clipping(tmp_pa
 
 
 @pytest.fixture
-def begun(tmp_path, monkeypatch):
+def begun(request, tmp_path, monkeypatch, texts):
     """A run that was interrupted in its second epoch, with the checkpoints of steps 4 and 7."""
-    experiment = change(IMAGES, "checkpoint.every_steps=4")
+    chosen = change(texts, "train.batch_size=20") if getattr(request, "param", "images") == "texts" else IMAGES
+    experiment = change(chosen, "checkpoint.every_steps=4")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)  # two more are under way
         with pytest.raises(interrupt.Interrupted):
@@ -275,7 +281,13 @@ def files(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", ["flipped", *(pytest.param(name, marks=pytest.mark.slow) for name in ("truncated", "missing"))]
+    ("begun", "damage"),
+    [
+        ("images", "flipped"),
+        pytest.param("texts", "truncated", marks=pytest.mark.slow),
+        pytest.param("images", "missing", marks=pytest.mark.slow),
+    ],
+    indirect=["begun"],
 )
 def test_damaged_newest_checkpoint_is_put_aside_and_the_one_before_it_used(begun, damage, tmp_path, capsys):
     """Every file of it, one after the other. Some are only copies or marks: then what was saved is still there."""

@@ -1,0 +1,122 @@
+"""Where arrays lie: one mesh of all devices, over which batches are divided and parameters copied or divided.
+
+The mesh has two axes. A batch is divided over both. A parameter, its optimiser state and its gradient are copied along
+`data`; along `fsdp` they are divided too, each along its largest axis that can be (Rajbhandari et al. 2020,
+arXiv:1910.02054, stage 3; Zhao et al. 2023, arXiv:2304.11277), and gathered where they are used.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtl.config import Experiment
+from jaxtl.errors import UserError
+
+DATA, FSDP = "data", "fsdp"
+DIVIDED_FROM = 2**14  # elements; a smaller parameter costs more to gather than to keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, and what lies where on it.
+
+    Attributes:
+        mesh: axes `data` and `fsdp`; None: one device, the one that JAX takes by default.
+    """
+
+    mesh: Mesh | None = None
+
+    def put(self, state: Any) -> Any:
+        """Returns parameters, or anything shaped like them, on their devices. Every process has the same values."""
+        if self.mesh is None:
+            return jax.device_put(state)
+
+        def place(x: Any, sharding: NamedSharding) -> jax.Array:
+            host = np.asarray(x)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(place, state, self._divided(state))
+
+    def put_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a batch on its devices; of each process its own rows, see `jaxtl.data.loader.batches`."""
+        if self.mesh is None:
+            return jax.device_put(dict(batch))
+        by_row = self.by_row
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row, x), dict(batch))
+
+    @property
+    def by_row(self) -> NamedSharding | None:
+        """Where the rows of a batch lie."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec((DATA, FSDP)))
+
+    def divided(self, state: Any) -> Any:
+        """Inside a compiled function: has a result lie where `put` puts what is shaped like it."""
+        return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self._divided(state))
+
+    def gathered(self, params: Any) -> Any:
+        """Inside a compiled function: has every device have all of it. The gradient is divided again."""
+        if self.mesh is None:
+            return params
+        return jax.lax.with_sharding_constraint(params, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _divided(self, state: Any) -> Any:
+        parts = self.mesh.shape[FSDP]
+        return jax.tree.map(lambda x: NamedSharding(self.mesh, spec(x.shape, parts)), state)
+
+
+def spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:
+    """Returns how an array is divided over the `fsdp` axis of so many devices: along one axis, or not at all."""
+    axis = divided_axis(shape, parts)
+    return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, FSDP)
+
+
+def divided_axis(shape: tuple[int, ...], parts: int) -> int | None:
+    """Returns the largest axis that `parts` divides, of several the last; None for what is small or has none."""
+    if parts == 1 or math.prod(shape) < DIVIDED_FROM:
+        return None
+    axes = [axis for axis, length in enumerate(shape) if length % parts == 0]
+    return max(axes, key=lambda axis: (shape[axis], axis), default=None)
+
+
+def layout(experiment: Experiment) -> Layout:
+    """Returns the layout that an experiment asks for, on the devices that there are.
+
+    Raises:
+        UserError: there are fewer devices, or something does not divide.
+    """
+    there, settings = jax.devices(), experiment.parallel
+    wanted = len(there) if settings.devices is None else settings.devices
+    if wanted > len(there):
+        raise UserError(f"parallel.devices={wanted}: there are {len(there)}; set it to that or less, or to all")
+    check(experiment, wanted)
+    if wanted == jax.process_count() == 1:
+        return Layout()
+    if wanted < len(there) and jax.process_count() > 1:
+        raise UserError(f"parallel.devices={wanted}: of several processes every device, {len(there)}, has a part")
+    devices = np.array(there[:wanted]).reshape(-1, settings.fsdp)  # in the order of the processes
+    return Layout(Mesh(devices, (DATA, FSDP)))
+
+
+def check(experiment: Experiment, devices: int) -> None:
+    """Raises UserError where batches, or the mesh, cannot be divided among so many devices."""
+    fsdp, settings = experiment.parallel.fsdp, experiment.train
+    if devices % fsdp:
+        fitting = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise UserError(f"parallel.fsdp={fsdp} does not divide {devices} devices; set it to one of {fitting}")
+    parts = devices * settings.accumulate_steps
+    for field, size, unit in (
+        ("train.batch_size", settings.batch_size, parts),
+        ("train.eval_batch_size", settings.eval_batch_size, devices),
+    ):
+        if size % unit:
+            lower, upper = size // unit * unit, -(-size // unit) * unit
+            times = f" in train.accumulate_steps={settings.accumulate_steps} parts" if unit > devices else ""
+            raise UserError(
+                f"{field}={size} cannot be divided among {devices} devices{times}; the nearest that can: "
+                + " and ".join(str(n) for n in (lower, upper) if n)
+            )

@@ -23,6 +23,19 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return softmax(logits, axis=-1)
 
 
+def losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the cross-entropy (natural logarithm) of each example, `[examples]` float64.
+
+    Args:
+        logits: as in `classification`.
+        labels: `[examples]` int.
+    """
+    logits = logits.astype(np.float64)
+    if logits.shape[-1] == 1:
+        return -log_expit(np.where(labels == 1, logits[:, 0], -logits[:, 0]))
+    return -log_softmax(logits, axis=-1)[np.arange(len(labels)), labels]
+
+
 def classification(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """Returns what is commonly reported of a classifier, by name.
 
@@ -38,13 +51,11 @@ def classification(logits: np.ndarray, labels: np.ndarray, class_names: Sequence
     """
     likely = probabilities(logits)
     predicted = np.argmax(likely, axis=-1)
-    logits = logits.astype(np.float64)
-    if logits.shape[-1] == 1:
-        losses = -log_expit(np.where(labels == 1, logits[:, 0], -logits[:, 0]))
-    else:
-        losses = -log_softmax(logits, axis=-1)[np.arange(len(labels)), labels]
     numbers = np.arange(len(class_names))
-    found: dict[str, Any] = {"accuracy": float(np.mean(predicted == labels)), "loss": float(np.mean(losses))}
+    found: dict[str, Any] = {
+        "accuracy": float(np.mean(predicted == labels)),
+        "loss": float(np.mean(losses(logits, labels))),
+    }
     by_class = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0.0)
     for name, values in zip(_PER_CLASS, by_class, strict=False):
         found[name] = {label: float(value) for label, value in zip(class_names, values, strict=True)}

@@ -54,12 +54,12 @@ def run(argv: list[str]) -> None:
         raise UserError(f"what is {argv[1]!r}? All arguments are flags; --help shows them")
     # Slow imports come after the flags have been read: --help answers at once.
     from jaxtl import experiments
-    from jaxtl.evaluation import compare
+    from jaxtl.evaluation import terminal
     from jaxtl.training import explain, revisit, suite
 
     quiet_libraries()
     if _LIST.value:
-        compare.show(["experiment", "what it is", "expected"], list(experiments.describe_all()))
+        terminal.show(["experiment", "what it is", "expected"], list(experiments.describe_all()))
         return
     if not _EXPERIMENT.value:
         raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
@@ -69,7 +69,7 @@ def run(argv: list[str]) -> None:
         if _EXPLAIN.value != "false" or _OVERWRITE.value:
             raise UserError("--mode=eval goes with neither --explain nor --overwrite")
         found, split, path = revisit.evaluate(workdir, assignments)
-        compare.show_metrics(found, split)
+        terminal.show_metrics(found, split)
         print(path)
         return
     chosen = suite.override(experiments.load(_EXPERIMENT.value), assignments)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+
+from jaxtl.data.listing import Examples
 
 # For `benchmarks`, which is not installed. At the end: what is tested is the installed jaxtl, not the checkout's.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -70,6 +73,25 @@ def reports(reports_left_out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(account, "write", reports_left_out)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def comparisons_left_out():
+    """To draw the page that a suite ends with takes longer than to train its runs; `comparisons` has it written."""
+    from jaxtl.evaluation import comparison_report
+
+    write = comparison_report.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison_report, "write", lambda *_: None)
+        yield write
+
+
+@pytest.fixture
+def comparisons(comparisons_left_out, monkeypatch):
+    """Comparisons have their page, as outside the tests."""
+    from jaxtl.evaluation import comparison_report
+
+    monkeypatch.setattr(comparison_report, "write", comparisons_left_out)
 
 
 # --- a checkpoint of BERT, and texts with a rule to learn ------------------------------------------------
@@ -194,6 +216,93 @@ def command(capsys):
         return (status, *capsys.readouterr())
 
     return run
+
+
+# --- a real browser ------------------------------------------------------------------------------------------
+
+QUIET = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, without a window, driven by chromedriver."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not (program and driver):
+        pytest.skip("there is no chromium and chromedriver on this machine: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in QUIET:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+@pytest.fixture(scope="module")
+def open_page(browser):
+    """Returns what opens a page in a window of some width, on a screen of some colour scheme."""
+
+    def open_page(path: Path, width: int = 1200, scheme: str = "light") -> None:
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
+        )
+        browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        browser.get(path.as_uri())
+
+    return open_page
+
+
+# --- a finished run, without having run ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def write_run():
+    """Returns what writes the folder of a finished run as far as it is compared.
+
+    Of `texts`, `ids` and `labels` the run answers `logits`; every other figure is made up, or given in `more`.
+    """
+    from jaxtl import config
+    from jaxtl.evaluation import metrics, predictions
+    from jaxtl.training import run
+
+    def write(
+        folder: Path, experiment: config.Experiment, classes, ids, labels, logits, texts=(), split="test", **more
+    ) -> Path:
+        labels, logits = np.asarray(labels, np.int32), np.asarray(logits, np.float32)
+        figures = metrics.classification(logits, labels, classes)
+        (folder / "report").mkdir(parents=True)
+        (folder / "experiment.json").write_text(config.to_json(experiment), encoding="utf-8")
+        predictions.write(folder / predictions.ARRAYS, predictions.Predictions(tuple(ids), labels, logits))
+        if texts:
+            found = Examples(None, labels, tuple(classes), tuple(ids), tuple(texts))
+            predictions.write_table(folder / run.REPORT / predictions.TABLE, found, logits)
+        lines = [
+            {"step": epoch, "epoch": float(epoch), "split": name, "loss": 1 / epoch, "accuracy": 1 - 0.5 / epoch}
+            for epoch in (1, 2)
+            for name in ("train", "train_epoch", "eval")
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        result = {
+            "accuracy": 0.9, "loss": 0.3, "held_out": figures, "test": figures if split == "test" else None,
+            "before": None, "train_accuracy": 0.99, "train_loss": 0.05, "trainable_parameters": 1_000,
+            "total_parameters": 10_000, "train_examples": 100, "classes": list(classes), "architecture": {},
+            "frozen_sha256": "", "trained_sha256": "", "seconds_per_epoch": 2.0, "seconds_total": 9.0,
+            "peak_memory_bytes": 2e9, "reported": dict(experiment.reported), "device": "1 x cpu", "versions": {},
+            **more,
+        }  # fmt: skip
+        (folder / "result.json").write_text(json.dumps(result))
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,8 @@ def lines(
         for curve in curves:
             x, y = _thinned(curve.x, curve.y)
             colour += curve.style != "faint"
-            look: dict[str, Any] = {"color": COLOURS[colour % len(COLOURS)]}
+            again, number = divmod(colour, len(COLOURS))
+            look: dict[str, Any] = {"color": COLOURS[number], "linestyle": ("-", "--", ":")[again % 3]}
             look |= {"points": {"marker": "o"}, "faint": {"alpha": 0.4, "linewidth": 1.0, "zorder": 1.5}}.get(
                 curve.style, {}
             )
@@ -149,10 +150,60 @@ def lines(
             axes.set_yscale("log")
             _plain_log_ticks(axes)
         axes.set(title=title, xlabel=x_label, ylabel=y_label + (" (log scale)" if log else ""))
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, borderaxespad=0, handlelength=1.6)
+        if np.all(np.mod(np.concatenate([np.asarray(curve.x, float) for curve in curves]), 1) == 0):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=columns, borderaxespad=0, handlelength=1.6)
 
-    last = "; ".join(f"{curve.label}: {curve.y[0]:.4g} at first, {curve.y[-1]:.4g} at last" for curve in curves)
-    return _drawn(name, draw, f"{title}, over {x_label}. {last}.", caption, height=_HEIGHT + 0.25 * (len(curves) // 2))
+    named = [curve for curve in curves if curve.label]
+    columns = 1 if max(len(curve.label) for curve in named) > 26 else 2  # or they would not fit beside each other
+    height = _HEIGHT + 0.2 * (-(-len(named) // columns) - 1)
+    last = "; ".join(f"{curve.label}: {curve.y[0]:.4g} at first, {curve.y[-1]:.4g} at last" for curve in named)
+    return _drawn(name, draw, f"{title}, over {x_label}. {last}.", caption, height=height)
+
+
+def intervals(
+    name: str,
+    title: str,
+    estimates: Mapping[str, tuple[float, tuple[float, float] | None]],
+    *,
+    x_label: str,
+    caption: str,
+    reported: Mapping[str, float],
+) -> Figure:
+    """Draws one figure of several models: a point and its interval in each row, and what was reported beside them.
+
+    Args:
+        name, title, caption: see `Figure`.
+        estimates: by model, the value and its interval, None where there is none.
+        x_label: of the axis.
+        reported: by model, where there is such a figure.
+    """
+    rows = {label: row for row, label in enumerate(estimates)}
+
+    def draw(canvas: "Canvas") -> None:
+        from matplotlib.transforms import ScaledTranslation
+
+        axes = canvas.add_subplot()
+        for label, (_, interval) in estimates.items():
+            if interval:
+                axes.plot(interval, [rows[label]] * 2, color=COLOURS[0], linewidth=3.5, alpha=0.45)
+        values = [value for value, _ in estimates.values()]
+        axes.plot(values, list(rows.values()), "o", color=COLOURS[0], label="these runs")
+        theirs = [(value, rows[label]) for label, value in reported.items() if label in rows]
+        if theirs:
+            axes.plot(*zip(*theirs, strict=True), "D", color=COLOURS[1], fillstyle="none", label="reported")
+            below = axes.transAxes + ScaledTranslation(0, -0.42, canvas.dpi_scale_trans)  # inches
+            axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, borderaxespad=0)
+        axes.set_yticks(list(rows.values()), [_short(label, 40) for label in rows])
+        axes.set(title=title, xlabel=x_label, ylim=(len(rows) - 0.4, -0.6))
+
+    alt = "; ".join(
+        f"{label}: {value:.4g}"
+        + (f", interval {interval[0]:.4g} to {interval[1]:.4g}" if interval else "")
+        + (f", reported {reported[label]:.4g}" if label in reported else "")
+        for label, (value, interval) in estimates.items()
+    )
+    return _drawn(name, draw, f"{title}. {alt}.", caption, width=_WIDTH + 1.2, height=1.3 + 0.24 * len(rows))
 
 
 def stages(by_stage: Mapping[str, Mapping[str, int]]) -> Figure:
@@ -192,7 +243,7 @@ def stages(by_stage: Mapping[str, Mapping[str, int]]) -> Figure:
     return _drawn("parameters", draw, alt, caption, height=1.2 + 0.21 * len(names))
 
 
-def confusion(matrix: np.ndarray, class_names: Sequence[str], split: str) -> Figure:
+def confusion(matrix: np.ndarray, class_names: Sequence[str], split: str, name: str = "confusion") -> Figure:
     """Draws a confusion matrix: in each cell the number of examples, and its share of the true class.
 
     Of more than 20 classes, those with most errors are shown, and the others together.
@@ -201,6 +252,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], split: str) -> Fig
         matrix: `[true class, predicted class]` int.
         class_names: names of the classes.
         split: of the examples, for the title.
+        name: see `Figure`.
     """
     correct, total = int(np.trace(matrix)), int(matrix.sum())
     caption = "Each row is a true class: how many of its examples were taken for what, and what share that is."
@@ -241,7 +293,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], split: str) -> Fig
 
     side = max(3.4, 1.5 + (0.42 if size > 5 else 0.65) * size)
     alt = f"Confusion matrix: {correct:,} of {total:,} examples on the diagonal, which is right."
-    return _drawn("confusion", draw, alt, caption, width=side + 0.5, height=side, wide=size > 8)
+    return _drawn(name, draw, alt, caption, width=side + 0.5, height=side, wide=size > 8)
 
 
 def reliability(found: Calibration, split: str) -> Figure:

@@ -7,10 +7,14 @@ the images that are in it, and nothing else.
 
 import base64
 import hashlib
+import io
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from PIL import Image
+
+TINY = 64  # pixels of an image, up to which they are shown as squares
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("jaxtl.evaluation"),
@@ -28,6 +32,14 @@ def render(template: str, **values: Any) -> str:
     return _ENVIRONMENT.get_template(template).render(
         **values, style=Markup(_source("page.css")), script=Markup(script), script_sha256=digest
     )
+
+
+def thumbnail(image: Image.Image) -> str:
+    """Returns an image as an address that holds it: small ones without loss, photographs as JPEG."""
+    kind = "png" if max(image.size) <= TINY else "jpeg"
+    file = io.BytesIO()
+    image.save(file, kind, **({} if kind == "png" else {"quality": 85}))
+    return picture(file.getvalue(), kind)
 
 
 def picture(data: bytes, kind: str) -> str:

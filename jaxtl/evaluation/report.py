@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from jaxtl import storage
-from jaxtl.evaluation import compare, figures, metrics, pages
+from jaxtl.evaluation import figures, metrics, pages, terminal
 from jaxtl.evaluation.figures import Curve, Figure
 from jaxtl.evaluation.predictions import errors_first
 
@@ -152,7 +152,7 @@ def draw(content: Content) -> dict[str, Figure]:
 
 def render(content: Content, drawn: Mapping[str, Figure]) -> str:
     """Returns the page."""
-    split, judged = compare.judged_split(content.result)
+    split, judged = terminal.judged_split(content.result)
     return pages.render(
         "report.html.j2",
         it=content,
@@ -263,7 +263,7 @@ def _reported(content: Content, split: str, judged: Mapping[str, Any]) -> list[t
     """Returns (figure, ours, reported, difference)."""
     ours = metrics.flat({**content.result, **judged})
     rows = []
-    for path, row in zip(content.result["reported"], compare.beside_reported(content.result, judged), strict=True):
+    for path, row in zip(content.result["reported"], terminal.beside_reported(content.result, judged), strict=True):
         theirs, found = content.result["reported"][path], ours.get(path)
         count = float(theirs).is_integer() and theirs > 1
         difference = "" if found is None else f"{found - theirs:+,.0f}" if count else f"{found - theirs:+.4f}"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import io
 import json
 import shlex
 import traceback
@@ -29,7 +28,6 @@ from jaxtl.training.setup import Setup, count
 _SPLITS = ("training", "held-out", "test")
 _IMAGES, _TEXTS = 8, 4  # shown before and after preprocessing
 _SIDE = 160  # pixels of a thumbnail: twice what it is shown in, for screens with fine pixels
-_TINY = 64  # pixels of an image, up to which they are shown as squares
 
 
 def write(
@@ -148,12 +146,12 @@ def _images_prepared(this: Setup, split: Listing) -> tuple[list[Example], bool]:
         Example(
             id=examples.ids[row],
             label=split.class_names[examples.labels[row]],
-            before=_address(before[row]),
-            after=_address(Image.fromarray(images.visible(after[row]["input"], data.scale))),
+            before=pages.thumbnail(before[row]),
+            after=pages.thumbnail(Image.fromarray(images.visible(after[row]["input"], data.scale))),
         )
         for row in range(len(examples.labels))
     ]
-    return found, max(max(image.size) for image in before) <= _TINY
+    return found, max(max(image.size) for image in before) <= pages.TINY
 
 
 def _texts_prepared(this: Setup, split: Examples) -> list[Example]:
@@ -211,7 +209,9 @@ def _answers(split: Listing | Examples, likely: np.ndarray) -> list[Answer]:
     of_images = isinstance(split, Listing)
     rows = report.shown_rows(likely, split.labels, report.MOST_IMAGES if of_images else report.MOST_TEXTS)
     thumbnails = (
-        [_address(image) for image in decode.thumbnails(split.take(rows), _SIDE)] if of_images else [""] * len(rows)
+        [pages.thumbnail(image) for image in decode.thumbnails(split.take(rows), _SIDE)]
+        if of_images
+        else [""] * len(rows)
     )
     predicted = likely.argmax(axis=-1)
     return [
@@ -225,14 +225,6 @@ def _answers(split: Listing | Examples, likely: np.ndarray) -> list[Answer]:
         )
         for row, thumbnail in zip(rows, thumbnails, strict=True)
     ]
-
-
-def _address(image: Image.Image) -> str:
-    """Returns an image as a `data:` address: small ones without loss, photographs as JPEG."""
-    kind = "png" if max(image.size) <= _TINY else "jpeg"
-    file = io.BytesIO()
-    image.save(file, kind, **({} if kind == "png" else {"quality": 85}))
-    return pages.picture(file.getvalue(), kind)
 
 
 def _cut(text: str) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxtl import config
 from jaxtl.config import Data, Experiment, Images, Plan, Suite
-from jaxtl.evaluation import compare
+from jaxtl.evaluation import terminal
 from jaxtl.models import presets
 from jaxtl.training import flops, freeze, memory, optim, suite
 from jaxtl.training.network import network
@@ -113,7 +113,7 @@ def _show(name: str, found: dict[str, Any]) -> None:
         for stage, numbers in found["stages"].items()
     ]
     rows.append(("all", f"{found['trained']:,}", f"{found['frozen']:,}"))
-    compare.show(("stage", "trained parameters", "frozen parameters"), rows, numbers=True)
+    terminal.show(("stage", "trained parameters", "frozen parameters"), rows, numbers=True)
     factors = "".join(f", {group} {factor:g} times that" for group, factor in experiment.optim.multipliers)
     sizes = ", ".join(f"{number:,} {split}" for split, number in found["examples"].items())
     classes, prepared = _named(found["classes"]), _prepared(experiment, found["lengths"])
@@ -151,7 +151,7 @@ def _show_flops(planned: dict[str, int], without: dict[str, int]) -> None:
         for field, heading in headings.items()
         if planned[field] or without[field]
     ]
-    compare.show(("GFLOP", "with this plan", "without", "times less"), rows, numbers=True)
+    terminal.show(("GFLOP", "with this plan", "without", "times less"), rows, numbers=True)
 
 
 def _show_memory(found: memory.Memory, fsdp: int) -> None:
@@ -167,7 +167,7 @@ def _show_memory(found: memory.Memory, fsdp: int) -> None:
     ]
     devices = "one device" if found.devices == 1 else f"each of {found.devices} devices"
     devices += f", parameters divided among {fsdp}" if fsdp > 1 else ""
-    compare.show((f"GB on {devices}", ""), [(name, f"{size / 1e9:.3g}") for name, size in rows if size], numbers=True)
+    terminal.show((f"GB on {devices}", ""), [(name, f"{size / 1e9:.3g}") for name, size in rows if size], numbers=True)
 
 
 def _number(flops: int) -> str:

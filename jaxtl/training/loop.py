@@ -51,6 +51,7 @@ def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> 
         Interrupted: a signal came; what was done is saved.
     """
     started = time.perf_counter()
+    run.forget_peak_memory()  # of the runs before this one, in a suite
     with run.Claim(workdir) as claim:
         if done := run.finished(workdir, experiment, overwrite):
             return done

@@ -1,7 +1,6 @@
 """The network of an experiment: its architecture, stages and parameters, and the values they start from."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jaxtl.errors import UserError, suggest
 from jaxtl.models import presets, stages
 from jaxtl.progress import say
 from jaxtl.training import checkpoint
+from jaxtl.training.run import read_experiment, read_result
 from jaxtl.weights import configs, convert, files, hub, tables
 
 HEAD = "head"  # the stage that is ours; all before it is the backbone
@@ -174,15 +174,7 @@ def load_run(folder: Path) -> FinishedRun:
     Raises:
         UserError: it has not finished, or is damaged.
     """
-    path = folder / "experiment.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no run: there is no {path.name} in it")
-    result = _result(folder)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    experiment = config.from_json(text, str(path))
+    experiment, result = read_experiment(folder), read_result(folder)
     trained = checkpoint.read(folder / checkpoint.TRAINED, result["trained_sha256"])
     return FinishedRun(folder, experiment, result, trained)
 
@@ -255,21 +247,9 @@ def _architecture(model: config.Model, weights: Path | None) -> presets.Config:
 
 def _run_architecture(folder: Path) -> presets.Config:
     try:
-        return config.decode(_result(folder)["architecture"], presets.Config)
+        return config.decode(read_result(folder)["architecture"], presets.Config)
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / 'result.json'} is damaged, or of another version of jaxtl: {error}") from None
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        for name in ("classes", "architecture", "frozen_sha256", "trained_sha256"):
-            result[name]
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no result: the run there has not finished; run it first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'result.json'} is damaged, or of another version of jaxtl: {error}") from None
-    return result
 
 
 def _backbone(run: FinishedRun, backbone: stages.Params, optional: Collection[str]) -> stages.Params:

@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import resource
 import socket
 import sys
@@ -42,8 +43,14 @@ EXPERIMENT, ENVIRONMENT, METRICS, RESULT = "experiment.json", "environment.json"
 LOCK, REPORT, EVENTS = "lock", "report", "tensorboard"
 
 # Settings that decide where something is kept or computed, and nothing about the result but its rounding.
-_WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb", "checkpoint.", "parallel.")
-_RESULT_HAS = {"accuracy", "loss", "held_out", "classes", "architecture", "trained_sha256", "seconds_total", "versions"}
+WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb", "checkpoint.", "parallel.")
+# How an older run's folder is renamed that makes room for a new one.
+_ASIDE = "%Y%m%d-%H%M%S-%f"
+_ASIDE_NAME = re.compile(r".+\.\d{8}-\d{6}-\d{6}")
+_RESULT_HAS = {
+    *("accuracy", "loss", "held_out", "classes", "architecture", "frozen_sha256", "trained_sha256"),
+    *("seconds_total", "versions"),
+}
 _PACKAGES = ("jaxtl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
@@ -64,13 +71,11 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
     path, result = workdir / EXPERIMENT, workdir / RESULT
     if path.is_file() and not overwrite:
         try:
-            before = config.from_json(path.read_text(encoding="utf-8"), str(path))
-            done = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
-            if result.is_file() and not (isinstance(done, dict) and done.keys() >= _RESULT_HAS):
-                raise ValueError(f"{result} is not a result of this version of jaxtl")
-        except (OSError, ValueError, UserError) as error:
+            before = read_experiment(workdir)
+            done = read_result(workdir) if result.is_file() else None
+        except UserError as error:
             raise UserError(f"{workdir} holds a damaged run ({error}); --overwrite moves it aside") from None
-        if changed := [name for name in config.differences(before, experiment) if not name.startswith(_WITHOUT_EFFECT)]:
+        if changed := [name for name in config.differences(before, experiment) if not name.startswith(WITHOUT_EFFECT)]:
             raise UserError(
                 f"{workdir} holds a run with other settings ({', '.join(changed)}); give another --workdir, "
                 "or --overwrite to move the old run aside"
@@ -86,6 +91,63 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
     if not os.access(there, os.W_OK):
         raise UserError(f"--workdir={workdir}: no permission to write in {there}")
     return None
+
+
+def moved_aside(folder: Path) -> bool:
+    """Whether the folder's name is that of an older run that made room for a new one."""
+    return bool(_ASIDE_NAME.fullmatch(folder.name))
+
+
+def read_experiment(folder: Path) -> config.Experiment:
+    """Returns the experiment of a run, finished or not.
+
+    Raises:
+        UserError: the folder holds no run, or a damaged one.
+    """
+    path = folder / EXPERIMENT
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no run: there is no {path.name} in it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return config.from_json(text, str(path))
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Returns what result.json of a finished run holds.
+
+    Raises:
+        UserError: the run has not finished, or its result is damaged.
+    """
+    path = folder / RESULT
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError("it holds no figures")
+        if missing := _RESULT_HAS - result.keys():
+            raise ValueError(f"there is no {', '.join(sorted(missing))}")
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no result: the run there has not finished; run it first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or of another version of jaxtl: {error}") from None
+    return result
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics.jsonl, see `Recorder.metrics`.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = folder / METRICS
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line, dict) and line.keys() >= {"step", "epoch", "split"} for line in lines):
+            raise ValueError("a line of it holds no figures")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    return lines
 
 
 class Claim:
@@ -157,7 +219,7 @@ class Claim:
         self.taken, self._file = False, None
 
     def _move_aside(self) -> None:
-        aside = self._workdir.with_name(f"{self._workdir.name}.{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+        aside = self._workdir.with_name(f"{self._workdir.name}.{datetime.datetime.now().strftime(_ASIDE)}")
         try:
             self._workdir.rename(aside)
         except OSError as error:
@@ -256,10 +318,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def forget_peak_memory() -> None:
+    """Has `peak_memory_bytes` begin anew, where that can be: for the process, on Linux."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory_bytes() -> int:
-    """Returns the most memory used so far: of one accelerator, or on the CPU of the process."""
+    """Returns the most memory used: of one accelerator, since the process began, or of the process on the CPU.
+
+    Of the process on Linux it is that since `forget_peak_memory`.
+    """
     statistics = jax.devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return int(statistics["peak_bytes_in_use"])
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes but on macOS

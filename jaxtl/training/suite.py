@@ -1,4 +1,7 @@
-"""One experiment, or several that belong together: run in order, each in its folder, compared at the end."""
+"""One experiment, or several that belong together: run in order, each in its folder, compared at the end.
+
+With several seeds, one experiment is several too: `NAME`, `NAME-seed1`, ..
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +10,7 @@ from pathlib import Path
 from jaxtl import config
 from jaxtl.config import Experiment, Suite, Text
 from jaxtl.errors import UserError, suggest
-from jaxtl.evaluation import compare
+from jaxtl.evaluation import comparison_report, runs, terminal
 from jaxtl.progress import say
 from jaxtl.training import loop
 from jaxtl.training import run as run_folder
@@ -46,8 +49,43 @@ def _member(name: str, member: Experiment, of: Suite, assignments: Sequence[str]
     return override(member, own)
 
 
+def repeated(chosen: Experiment | Suite, seeds: int, name: str) -> Suite:
+    """Returns every experiment so many times, with its seed and those that follow.
+
+    The first keeps its name, so that seeds can be added to what has run; the others are called `NAME-seedN`. A member
+    that starts from another's weights starts from that of the same repetition.
+
+    Args:
+        chosen: what is to be repeated.
+        seeds: how often.
+        name: of a single experiment.
+
+    Raises:
+        UserError: a seed too large, or a name that is there already.
+    """
+    suite = Suite(((name, chosen),)) if isinstance(chosen, Experiment) else chosen
+    first = dict(suite.members)
+
+    def renamed(name: str, repetition: int) -> str:
+        return f"{name}-seed{first[name].train.seed + repetition}" if repetition and name in first else name
+
+    members = []
+    for repetition in range(seeds):
+        for name, member in suite.members:
+            model, source = member.model, member.model.weights.removeprefix(_MEMBER)
+            if source != model.weights:
+                model = dataclasses.replace(model, weights=_MEMBER + renamed(source, repetition))
+            member = dataclasses.replace(_with_seed(member, member.train.seed + repetition), model=model)
+            config.validate(member)
+            members.append((renamed(name, repetition), member))
+    names = [name for name, _ in members]
+    if twice := [name for name in first if names.count(name) > 1]:
+        raise UserError(f"--seeds={seeds}: two members would be called {twice[0]}: rename one of them")
+    return Suite(tuple(members))
+
+
 def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -> None:
-    """Runs what is not finished, and shows the results.
+    """Runs what is not finished, and shows the results: of a suite as a comparison, whose page it writes there.
 
     Raises:
         UserError: something the user can mend.
@@ -57,21 +95,24 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
         done = run_folder.finished(workdir, chosen, overwrite)
         if done is None and not Path(chosen.model.weights).exists() and hub.is_repo_id(chosen.model.weights):
             preview(chosen, download=True)  # mistakes show before large files are fetched
-        compare.show_result(done or loop.train(chosen, workdir, overwrite=overwrite), workdir, new=done is None)
+        terminal.show_result(done or loop.train(chosen, workdir, overwrite=overwrite), workdir, new=done is None)
         return
     if (workdir / run_folder.EXPERIMENT).exists():
         raise UserError(f"--workdir={workdir} holds a single run; a suite needs a folder of its own")
     chosen = Suite(tuple((name, anchored(member)) for name, member in chosen.members))
     members = resolve(chosen, workdir)
     done = {name: run_folder.finished(workdir / name, member, overwrite) for name, member, _ in members}
-    described = as_describable(members)
+    described, looked_at = as_describable(members), set()
     anew = {name: overwrite for name, _, _ in members}
     for name, _, source in members:
         # A run made from what is about to change is no longer what its settings say.
         if source is not None and done[source] is None:
             done[name], anew[name] = None, True
-        if done[name] is None:  # mistakes in the last member must not show after the first has been trained
+        like = config.to_json(_with_seed(described[name], 0))
+        if done[name] is None and like not in looked_at:
+            # Mistakes in the last member must not show after the first has been trained.
             preview(described[name], download=True)
+            looked_at.add(like)
     for name, _, source in members:
         # At once: were the command interrupted after the source is trained, nothing would tell that this is of the old.
         if source is not None and anew[name]:
@@ -81,7 +122,14 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
     for name, member, _ in members:
         say(f"--- {name}")
         done[name] = done[name] or loop.train(member, workdir / name, overwrite=anew[name])
-    compare.show_results(done)
+    finished, left_out = runs.read([workdir / name for name, _, _ in members])
+    for line in left_out:
+        say(f"left out: {line}")
+    comparison_report.present(finished, workdir / comparison_report.PAGE)
+
+
+def _with_seed(experiment: Experiment, seed: int) -> Experiment:
+    return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=seed))
 
 
 def anchored(experiment: Experiment) -> Experiment:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from jaxtl.evaluation import compare, metrics
+from jaxtl.evaluation import metrics, terminal
 
 
 def logits_of(confusion):
@@ -121,7 +121,7 @@ def rows(capsys):
 
 def test_a_result_is_shown_by_class_and_beside_the_reported_figures(capsys, tmp_path):
     reported = {"accuracy": 0.968, "f1/real": 0.97, "confusion/[fake]/real": 52.0, "trainable_parameters": 1234.0}
-    compare.show_result(result(reported=reported), tmp_path, new=True)
+    terminal.show_result(result(reported=reported), tmp_path, new=True)
     shown = rows(capsys)
     assert ["accuracy", "0.8500"] in shown
     assert ["[fake]", "0.8889", "0.8000", "0.8421", "8", "2"] in shown  # 8 / 9, 8 / 10, 16 / 19
@@ -136,7 +136,7 @@ def test_a_result_is_shown_by_class_and_beside_the_reported_figures(capsys, tmp_
 
 def test_a_run_with_a_test_is_judged_by_the_test_and_shows_the_held_out_figures_too(capsys, tmp_path):
     test = metrics.classification(*logits_of([[10, 0], [0, 10]]), ("[fake]", "real"))
-    compare.show_result(result(test=test, reported={"f1/real": 0.97}), tmp_path, new=False)
+    terminal.show_result(result(test=test, reported={"f1/real": 0.97}), tmp_path, new=False)
     shown = rows(capsys)
     assert ["test", ""] in shown
     assert ["accuracy", "1.0000"] in shown
@@ -148,28 +148,7 @@ def test_a_run_with_a_test_is_judged_by_the_test_and_shows_the_held_out_figures_
 def test_masked_language_modelling_shows_perplexity_before_and_after(capsys, tmp_path):
     figures = {"accuracy": 0.25, "loss": 2.0, "perplexity": 7.389}
     before = {"accuracy": 0.01, "loss": 4.0, "perplexity": 54.598}
-    compare.show_result(result(held_out=figures, before=before, accuracy=0.25, loss=2.0), tmp_path, new=True)
+    terminal.show_result(result(held_out=figures, before=before, accuracy=0.25, loss=2.0), tmp_path, new=True)
     shown = rows(capsys)
     assert ["perplexity", "7.39"] in shown
     assert ["held out, before training", "accuracy 0.0100, loss 4.0000, perplexity 54.5980"] in shown
-
-
-def test_several_results_are_a_row_each_and_those_reported_stand_below(capsys):
-    test = metrics.classification(*logits_of([[10, 0], [0, 10]]), ("[fake]", "real"))
-    mlm = {"accuracy": 0.25, "loss": 2.0, "perplexity": 7.389}
-    compare.show_results(
-        {"pretrain": result(held_out=mlm), "tune": result(test=test, reported={"f1/real": 0.97, "f1/nobody": 0.5})}
-    )
-    shown = rows(capsys)
-    # A heading may take two lines.
-    (row,) = [row for row in shown if row[0] == "run" and len(row) > 4]
-    lines = [line for line in shown[shown.index(row) - 1 : shown.index(row) + 2] if len(line) == len(row)]
-    headings = [" ".join(parts).strip() for parts in zip(*lines, strict=False)]
-    cells = {row[0]: dict(zip(headings, row, strict=False)) for row in shown if row[0] in ("pretrain", "tune")}
-    assert cells["pretrain"]["perplexity"] == "7.39"
-    assert cells["pretrain"]["test accuracy"] == ""
-    assert cells["tune"]["perplexity"] == ""
-    assert cells["tune"]["test accuracy"] == "1.0000"
-    assert cells["tune"]["macro F1"] == "0.8496"  # (16 / 19 + 18 / 21) / 2
-    assert ["tune, test", "f1 real", "1.0000", "0.9700"] in shown
-    assert ["", "f1 nobody", "", "0.5000"] in shown

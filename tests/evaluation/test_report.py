@@ -5,7 +5,6 @@ import html.parser
 import json
 import re
 import resource
-import shutil
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -446,42 +445,6 @@ def test_events_that_cannot_be_written_are_said_once_and_nothing_else_happens(tm
 
 # --- in a real browser -------------------------------------------------------------------------------------
 
-QUIET = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, without a window, driven by chromedriver."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not (program and driver):
-        pytest.skip("there is no chromium and chromedriver on this machine: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in QUIET:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield found
-    found.quit()
-
-
-def opened(browser, path, width=1200, scheme="light"):
-    """Opens a page in a window of this width, on a screen of this colour scheme."""
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    browser.get(path.as_uri())
-    return browser
-
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, drawn):
@@ -502,12 +465,12 @@ def column(browser, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "texts"])
-def test_page_is_accessible_and_fits_a_telephone_in_both_colour_schemes(browser, written, kind):
+def test_page_is_accessible_and_fits_a_telephone_in_both_colour_schemes(browser, open_page, written, kind):
     from axe_core_python.selenium import Axe
 
     path = written / f"{kind}.html"
     for width, scheme in ((1200, "light"), (1200, "dark"), (360, "light"), (360, "dark")):
-        opened(browser, path, width, scheme)
+        open_page(path, width, scheme)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert browser.execute_script("return document.fonts.status") == "loaded"
         for details in browser.find_elements("css selector", "summary"):
@@ -521,19 +484,19 @@ def test_page_is_accessible_and_fits_a_telephone_in_both_colour_schemes(browser,
 
 
 @pytest.mark.slow
-def test_nothing_in_a_page_is_run_or_fetched_but_its_own_script(browser, written):
+def test_nothing_in_a_page_is_run_or_fetched_but_its_own_script(browser, open_page, written):
     for kind in ("texts", "images"):
-        opened(browser, written / f"{kind}.html")
+        open_page(written / f"{kind}.html")
         assert browser.execute_script("return document.documentElement.className") == "scripted"
         assert browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
         assert browser.get_log("browser") == []
 
 
 @pytest.mark.slow
-def test_table_is_sorted_by_mouse_and_keyboard(browser, written):
+def test_table_is_sorted_by_mouse_and_keyboard(browser, open_page, written):
     from selenium.webdriver.common.keys import Keys
 
-    opened(browser, written / "texts.html")
+    open_page(written / "texts.html")
     heading = next(
         each for each in browser.find_elements("css selector", "#predictions th") if "probability" in each.text
     )
@@ -549,8 +512,8 @@ def test_table_is_sorted_by_mouse_and_keyboard(browser, written):
 
 
 @pytest.mark.slow
-def test_predictions_are_searched_filtered_and_ordered(browser, written):
-    opened(browser, written / "images.html")
+def test_predictions_are_searched_filtered_and_ordered(browser, open_page, written):
+    open_page(written / "images.html")
     shown = hostile("images").answers
     count = browser.find_element("css selector", "#predictions output")
     assert count.text == f"{len(shown)} predictions"
@@ -581,12 +544,12 @@ def test_predictions_are_searched_filtered_and_ordered(browser, written):
 
 
 @pytest.mark.slow
-def test_long_lists_are_shown_by_parts(browser, written, drawn):
+def test_long_lists_are_shown_by_parts(browser, open_page, written, drawn):
     content = made()
     content = dataclasses.replace(content, answers=[content.answers[0]] * 130)
     path = written / "long.html"
     path.write_text(report.render(content, drawn), encoding="utf-8")
-    opened(browser, path)
+    open_page(path)
     assert len(visible(browser, "#predictions tbody tr")) == 50
     browser.find_element("css selector", "#predictions .more").click()
     assert len(visible(browser, "#predictions tbody tr")) == 100

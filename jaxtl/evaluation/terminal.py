@@ -1,4 +1,4 @@
-"""Results on the terminal: one run, or several side by side. On standard output, for people and for `tee`."""
+"""Tables on the terminal, and the result of one run. On standard output, for people and for `tee`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,14 +9,10 @@ from rich.table import Table
 
 from jaxtl.evaluation import metrics
 
-# What a comparison of runs shows of result.json: heading, path, format.
+# What is shown of result.json beside the judged split: heading, field, format.
 _COLUMNS = (
     ("accuracy", "accuracy", "{:.4f}"),
     ("loss", "loss", "{:.4f}"),
-    ("macro F1", "held_out/f1_macro", "{:.4f}"),
-    ("perplexity", "held_out/perplexity", "{:.2f}"),
-    ("test accuracy", "test/accuracy", "{:.4f}"),
-    ("test macro F1", "test/f1_macro", "{:.4f}"),
     ("train loss", "train_loss", "{:.4f}"),
     ("trained parameters", "trainable_parameters", "{:,.0f}"),
     ("of", "total_parameters", "{:,.0f}"),
@@ -34,31 +30,21 @@ _BY_CLASS = ("precision", "recall", "f1")
 _MANY_CLASSES = 20  # more would not fit beside each other
 
 
-def show(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
-    """Prints a table; the first column is never wrapped, and with `numbers` the others are aligned on the right."""
+def show(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False, names: int = 1) -> None:
+    """Prints a table; its first `names` columns are never wrapped, with `numbers` the others are aligned right."""
     table = Table(*headings, header_style="bold")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:] if numbers else ():
+    for column in table.columns[:names]:
+        column.no_wrap = True
+    for column in table.columns[names:] if numbers else ():
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
     _console().print(table)
 
 
-def show_results(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints the results of several runs, one a row; and below, where figures are reported, those beside ours."""
-    found = {name: metrics.flat(result) for name, result in results.items()}
-    columns = [column for column in _COLUMNS if any(column[1] in figures for figures in found.values())]
-    rows = [(name, *(_cell(figures, field, form) for _, field, form in columns)) for name, figures in found.items()]
-    show(["run", *(heading for heading, _, _ in columns)], rows, numbers=True)
-    if any(result["reported"] for result in results.values()):
-        rows = [
-            (f"{name}, {split}" if index == 0 else "", figure, ours, theirs)
-            for name, result in results.items()
-            for split, judged in [judged_split(result)]
-            for index, (figure, ours, theirs) in enumerate(beside_reported(result, judged))
-        ]
-        show(("run", "figure", "this run", "reported"), rows, numbers=True)
+def line(text: str) -> None:
+    """Prints text, which the terminal wraps."""
+    _console().print(text, soft_wrap=True)
 
 
 def show_result(result: Mapping[str, Any], workdir: Path, *, new: bool) -> None:
@@ -79,10 +65,10 @@ def show_result(result: Mapping[str, Any], workdir: Path, *, new: bool) -> None:
         rows.insert(0, ("held-out accuracy", f"{result['accuracy']:.4f}"))
         rows.insert(1, ("held-out loss", f"{result['loss']:.4f}"))
     show(("this run", ""), rows, numbers=True)
-    _console().print(f"{'' if new else 'finished before; '}{workdir / 'result.json'}", soft_wrap=True)
+    line(f"{'' if new else 'finished before; '}{workdir / 'result.json'}")
     page = workdir / "report" / "index.html"
     if page.is_file():  # it is said where it could not be written
-        _console().print(str(page), soft_wrap=True)
+        line(str(page))
 
 
 def show_metrics(found: Mapping[str, Any], split: str) -> None:

@@ -3,7 +3,7 @@
 With other weights: `--set model.weights=DIR` for all, or for one
 `--set ctbert_bigru_covid_finetune.model.weights=runs/bert_mlm_covid`.
 
-Command: python -m jaxtl.main --experiment=covid
+Command: python -m jaxtl.main --suite=covid
 
 Expected: accuracy 0.86, 0.92 and 0.91 with a frozen backbone, 0.95, 0.96 and 0.97 fine-tuned (reported by the study).
 """

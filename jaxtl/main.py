@@ -6,12 +6,18 @@
     python -m jaxtl.main --experiment=deit_cifar10 --set train.epochs=8 --set data.dir=DIR --workdir=runs/longer
     python -m jaxtl.main --experiment=text_csv --set data.train=tweets.csv
     python -m jaxtl.main --experiment=text_csv --mode=eval --set data.test=more_tweets.csv
+    python -m jaxtl.main --suite=covid --seeds=3
 
 An experiment is a small Python file that returns a dataclass; --set replaces single fields of it. The run folder
 holds experiment.json (the resolved experiment), metrics.jsonl, checkpoints/ and result.json. The same command again
 goes on with a run that was interrupted, and reports a finished one.
+
+A suite is an experiment file that names several experiments. They run one after the other, each in a folder of its own
+below runs/SUITE, share what they keep of frozen stages, and end with the comparison of `python -m jaxtl.compare`: on
+the terminal, and as compare.html in that folder. With --seeds=N each is run N times.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +28,16 @@ from jaxtl.errors import UserError
 
 _EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "What to run: a name from --list, the path of a .py file, or of a run's experiment.json."
+)
+_SUITE = flags.DEFINE_string(
+    "suite", None, "Like --experiment, for one that is a suite: covid, cifar10, all, quickstart, or a file of your own."
+)
+_SEEDS = flags.DEFINE_integer(
+    "seeds",
+    1,
+    "Run each experiment so many times, with train.seed and the seeds that follow, and compare: means, and intervals "
+    "over the seeds. More can be added later. A single experiment becomes a suite, in runs/NAME-seeds.",
+    lower_bound=1,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder. Default: runs/NAME.")
 _SET = flags.DEFINE_multi_string(
@@ -53,7 +69,7 @@ def run(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]!r}? All arguments are flags; --help shows them")
     # Slow imports come after the flags have been read: --help answers at once.
-    from jaxtl import experiments
+    from jaxtl import config, experiments
     from jaxtl.evaluation import terminal
     from jaxtl.training import explain, revisit, suite
 
@@ -61,33 +77,44 @@ def run(argv: list[str]) -> None:
     if _LIST.value:
         terminal.show(["experiment", "what it is", "expected"], list(experiments.describe_all()))
         return
-    if not _EXPERIMENT.value:
+    name = _EXPERIMENT.value or _SUITE.value
+    if not name:
         raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
-    workdir = _workdir()
+    if _EXPERIMENT.value and _SUITE.value:
+        raise UserError("--experiment and --suite say the same: give one of them")
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / _run_name(name)
     assignments = [*_SET.value, *([] if _SEED.value is None else [f"train.seed={_SEED.value}"])]
     if _MODE.value == "eval":
-        if _EXPLAIN.value != "false" or _OVERWRITE.value:
-            raise UserError("--mode=eval goes with neither --explain nor --overwrite")
+        if _EXPLAIN.value != "false" or _OVERWRITE.value or _SUITE.value or _SEEDS.value > 1:
+            raise UserError("--mode=eval is for one finished run: without --explain, --overwrite, --suite and --seeds")
         found, split, path = revisit.evaluate(workdir, assignments)
         terminal.show_metrics(found, split)
         print(path)
         return
-    chosen = suite.override(experiments.load(_EXPERIMENT.value), assignments)
+    chosen = suite.override(experiments.load(name), assignments)
+    single = isinstance(chosen, config.Experiment)
+    if single and _SUITE.value:
+        raise UserError(f"{name} is a single experiment, not a suite: --experiment={name}")
+    repeated = chosen
+    if _SEEDS.value > 1:
+        repeated = suite.repeated(chosen, _SEEDS.value, re.sub(r"[^\w-]", "_", _run_name(name)))
+        if single and not _WORKDIR.value:
+            workdir = workdir.with_name(f"{workdir.name}-seeds")
     if _EXPLAIN.value != "false":
         explain.explain(chosen, workdir, as_json=_EXPLAIN.value == "json")
+        if _SEEDS.value > 1 and _EXPLAIN.value != "json":
+            terminal.line(f"\nwith --seeds={_SEEDS.value}: {', '.join(name for name, _ in repeated.members)}")
     else:
-        suite.run(chosen, workdir, overwrite=_OVERWRITE.value)
+        suite.run(repeated, workdir, overwrite=_OVERWRITE.value)
 
 
-def _workdir() -> Path:
-    if _WORKDIR.value:
-        return Path(_WORKDIR.value)
-    experiment = Path(_EXPERIMENT.value)
+def _run_name(name: str) -> str:
+    experiment = Path(name)
     if experiment.suffix != ".json":
-        return Path("runs") / experiment.stem
+        return experiment.stem
     # A run's experiment.json is named by its folder: what is evaluated there stays there, what runs anew does not.
     folder = experiment.resolve().parent
-    return folder if _MODE.value == "eval" else Path("runs") / f"{folder.name}-again"
+    return str(folder) if _MODE.value == "eval" else f"{folder.name}-again"
 
 
 def main(argv: list[str]) -> None:

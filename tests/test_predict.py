@@ -73,7 +73,7 @@ def test_a_text_is_answered_alone_as_it_is_among_others(model):
 
 
 def test_the_answers_are_those_of_the_runs_own_evaluation(folder, model, text_folder, read_json):
-    records = list(text.records(text_folder / "val.csv", "text", "label"))
+    records = list(records.read(text_folder / "val.csv", "text", "label"))
     answers = [model.class_names[best] for best in model([string for _, string, _ in records]).argmax(axis=1)]
     right = np.mean([answer == label for answer, (_, _, label) in zip(answers, records, strict=True)])
     assert right == pytest.approx(read_json(folder / "result.json")["accuracy"])
@@ -110,7 +110,7 @@ def test_texts_on_the_command_line_are_answered_on_standard_output(folder, model
 
 
 def test_a_file_is_answered_record_by_record_whatever_its_format(folder, loaded, command, text_folder, tmp_path):
-    records = list(text.records(text_folder / "test.csv", "text"))[:9]
+    records = list(records.read(text_folder / "test.csv", "text"))[:9]
     with (tmp_path / "new.jsonl").open("w", encoding="utf-8") as file:
         for _, string, _ in records:
             file.write(json.dumps({"tweet": string}) + "\n\n")  # numbered by line

@@ -29,9 +29,9 @@ def load(
     """Returns a finished run, ready to predict; or several that answer together.
 
         model = jaxtl.load("runs/reviews")
-        model.predict(["a text", "another"])             # [Prediction(label=.., probability=.., probabilities={..}), ..]
-        model.predict_proba(["a text", "another"])       # [inputs, classes] float64, columns as in model.class_names
-        for answer in model.stream(a_generator): ..      # any number of inputs, in the same memory
+        model.predict(["a text", "another"])         # [Prediction(label=.., probability=.., probabilities=..), ..]
+        model.predict_proba(["a text", "another"])   # [inputs, classes] float64, columns as in model.class_names
+        for answer in model.stream(a_generator): ..  # any number of inputs, in the same memory
 
         model = jaxtl.load(["runs/vit", "runs/dinov2"])  # an ensemble
         model.predict(["cat.jpg", Image.open("dog.png"), pixels])
@@ -40,7 +40,8 @@ def load(
     prepares them as it did in training. An input that cannot be read becomes an answer with an `error`.
 
     Args:
-        runs: the run folder, or several: of any architecture, that tell apart the same classes of the same kind of input.
+        runs: the run folder, or several, of any architectures, that tell apart the same classes of the same kind of
+            input.
         ensemble: how several runs answer together: by the `mean` of their probabilities, or by `vote`: the class that
             most of them choose, where these are equally many the one with the greatest mean probability.
         batch_size: inputs that the device takes at once; None: as in the run's evaluation (`train.eval_batch_size`).

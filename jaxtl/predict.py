@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
+import jaxtl
 from jaxtl.cli import guarded, parser, quiet_libraries
 from jaxtl.errors import UserError
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from jaxtl.data.inputs import Origin
     from jaxtl.evaluation.answers import Lines, Table
     from jaxtl.evaluation.predict import Predictor
+    from jaxtl.progress import Bar
 
 _TEXT = flags.DEFINE_multi_string("text", [], "A text to classify; repeat for more.")
 _OUTPUT = flags.DEFINE_string(
@@ -42,7 +44,8 @@ _ENSEMBLE = flags.DEFINE_enum(
     "ensemble",
     None,
     ["mean", "vote"],
-    "How several runs answer together: by the mean of their probabilities (the default), or by a vote, ties by the mean.",
+    "How several runs answer together: by the mean of their probabilities, which is the default; or by a vote, ties by "
+    "the mean.",
 )
 _COLUMN = flags.DEFINE_string("text_column", None, "The column that holds the texts. Default: as in training.")
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -55,16 +58,15 @@ def run(argv: list[str]) -> None:
     folders, paths = _divided([Path(argument).expanduser() for argument in argv[1:]])
     output = _checked(folders, paths)
     # Slow imports come after the command line has been read.
-    import jaxtl
     from jaxtl.data import inputs
     from jaxtl.evaluation import answers
+    from jaxtl.progress import Bar
+    from jaxtl.storage import written_whole
 
     quiet_libraries()
     with contextlib.ExitStack() as opened:
         file = sys.stdout
         if output:  # before the work is done
-            from jaxtl.storage import written_whole
-
             file = opened.enter_context(written_whole(output))
         model = jaxtl.load(folders, ensemble=_ENSEMBLE.value or "mean", batch_size=_BATCH_SIZE.value)
         names, total = ", ".join(map(str, folders)), None
@@ -83,7 +85,9 @@ def run(argv: list[str]) -> None:
             rows = answers.Lines(file, model.classifies)
         else:
             rows = answers.Table(file, model.classifies, model.class_names, top)
-        count, faults = _write(model, pairs, rows, top, total)
+        # On a terminal the rows themselves show how far it has come, and a bar would run through them.
+        bar = Bar("predicting", total) if output or not sys.stdout.isatty() else None
+        count, faults = _write(model, pairs, rows, top, bar)
     with_errors = f", {faults:,} of them with an error" if faults else ""
     if output or faults:
         print(f"{count:,} {model.classifies}{with_errors}: {output or 'above'}", file=sys.stderr)
@@ -98,19 +102,10 @@ def _divided(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     if not arguments:
         raise UserError('give a run folder and inputs, as in `RUN tweets.csv`, `RUN photos/` or `RUN --text "..."`')
     if not count:
-        raise UserError(_explain_no_run(arguments[0]))
+        jaxtl.load(arguments[0])  # raises what is wrong with it
     if late := [path for path, run in zip(arguments[count:], is_run[count:], strict=True) if run]:
         raise UserError(f"{late[0]} is a run folder, and {arguments[count]} before it is none: give the runs first")
     return list(arguments[:count]), list(arguments[count:])
-
-
-def _explain_no_run(path: Path) -> str:
-    if not path.exists():
-        return f"{path}: there is no such run folder"
-    inside = sorted(str(run.parent) for run in path.glob("*/experiment.json"))
-    if inside:
-        return f"{path} holds the runs {', '.join(inside)}: name one or more of them"
-    return f"{path} holds no run: the folders of runs, with an experiment.json in them, come before the inputs"
 
 
 def _checked(folders: Sequence[Path], paths: Sequence[Path]) -> Path | None:
@@ -143,20 +138,19 @@ def _write(
     pairs: "Iterable[tuple[Origin, object]]",
     rows: "Table | Lines",
     top: int | None,
-    total: int | None,
+    bar: "Bar | None",
 ) -> tuple[int, int]:
-    """Writes a row for every input, and shows how many there were; returns their number, and that of the errors."""
-    from jaxtl.progress import Bar
-
+    """Writes a row for every input; returns their number, and that of the errors."""
     count = faults = done = 0
     started = time.monotonic()
-    with Bar("predicting", total) as bar:
 
-        def advance(more: int) -> None:
-            nonlocal done
-            done += more
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        if bar:
             bar.advance(more, f"{done / (time.monotonic() - started):,.1f} {model.classifies}/s")
 
+    with bar or contextlib.nullcontext():
         for origin, answer in model.answers(pairs, top, advance):
             rows.write(origin, answer)
             count += 1

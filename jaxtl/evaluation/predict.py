@@ -26,7 +26,7 @@ from jaxtl.models import stages
 from jaxtl.training import step
 from jaxtl.training.compiled import behind
 from jaxtl.training.evaluate import image_preparation
-from jaxtl.training.network import TOKENIZER, FinishedRun, is_run, load_run, run_params
+from jaxtl.training.network import TOKENIZER, FinishedRun, load_run, run_params
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -292,8 +292,6 @@ def batch_lengths(limit: int) -> tuple[int, ...]:
 def _finished(folder: Path) -> FinishedRun:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run folder")
-    if not is_run(folder) and (inside := sorted(path.name for path in folder.iterdir() if is_run(path))):
-        raise UserError(f"{folder} holds the runs {', '.join(inside)}: name them, as in {folder / inside[0]}")
     run = load_run(folder)
     if run.experiment.model.head.kind == "mlm" or not run.class_names:
         raise UserError(

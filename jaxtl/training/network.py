@@ -194,7 +194,9 @@ def load_run(folder: Path) -> FinishedRun:
     """
     path = folder / "experiment.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no run: there is no {path.name} in it")
+        inside = sorted(str(one) for one in folder.iterdir() if is_run(one)) if folder.is_dir() else []
+        instead = f"; it holds the runs {', '.join(inside)}: name one of them" if inside else ""
+        raise UserError(f"{folder} holds no run: there is no {path.name} in it{instead}")
     result = _result(folder)
     try:
         text = path.read_text(encoding="utf-8")

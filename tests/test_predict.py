@@ -198,7 +198,7 @@ def test_an_image_of_another_size_than_those_of_training_is_made_one_of_theirs(o
 
 
 def test_a_stream_reads_its_inputs_a_few_windows_in_advance_and_no_more(model, monkeypatch):
-    monkeypatch.setitem(prediction._WINDOW, "texts", 1)  # a window is one batch of 4
+    monkeypatch.setitem(prediction.WINDOW, "texts", 1)  # a window is one batch of 4
     taken, held, found = 0, [], []
 
     def endless():

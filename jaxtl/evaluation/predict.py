@@ -34,7 +34,9 @@ Key = TypeVar("Key")
 Input = str | os.PathLike | Image.Image | np.ndarray
 """Of a run on texts a string. Of one on images a path, a Pillow image, or an array `[height, width, 3]` uint8."""
 
-_WINDOW = {"texts": 16, "images": 4}  # batches: texts of like length are looked for among those of a window
+WINDOW = {"texts": 16, "images": 4}
+"""Batches of a window; texts of like length are put together from among those of one."""
+
 _CHARACTERS = 1 << 24  # in a window at most, so that one of long documents is not large either
 _AHEAD = 2  # batches sent to the device before the answer to the first of them is read
 _FEW = (1, 8)  # rows of the batch where there are no more inputs than that
@@ -168,7 +170,7 @@ class Predictor:
             yield window, None, None, None
 
     def _windows(self, pairs: Iterator[tuple[Key, Input | UserError]]) -> Iterator["_Window"]:
-        count = _WINDOW[self.classifies] * max(member.batch_size for member in self._members)
+        count = WINDOW[self.classifies] * max(member.batch_size for member in self._members)
         first = True
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             while taken := list(_taken(pairs, count)):

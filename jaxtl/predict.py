@@ -161,7 +161,7 @@ def _write(
 def main(argv: list[str]) -> None:
     """Runs; see `jaxtl.cli`."""
     again = f"{_OUTPUT.value} was not written" if _OUTPUT.value else "not all inputs were answered"
-    guarded(run, argv, again)
+    guarded(run, argv, again, "lower --batch_size")
 
 
 if __name__ == "__main__":

@@ -237,8 +237,8 @@ def test_programs_are_compiled_for_a_few_shapes_whatever_the_number_of_inputs(fo
 
 
 def test_lengths_of_batches_grow_by_a_half_at_most_and_end_at_the_limit():
-    assert prediction.batch_lengths(128) == (16, 24, 32, 48, 64, 96, 128)
-    assert prediction.batch_lengths(100) == (16, 24, 32, 48, 64, 96, 100)
+    assert prediction.batch_lengths(128) == (16, 24, 32, 40, 48, 64, 80, 96, 128)
+    assert prediction.batch_lengths(100) == (16, 24, 32, 40, 48, 64, 80, 96, 100)
     assert prediction.batch_lengths(12) == (12,)
 
 
@@ -526,6 +526,28 @@ def test_a_file_written_before_stays_where_a_later_attempt_fails(folder, loaded,
     assert "out.csv cannot be written: No space left on device" in told
     assert (tmp_path / "out.csv").read_text() == "of yesterday"
     assert {path.name for path in tmp_path.iterdir()} == {"out.csv", "new.txt"}
+
+
+def test_a_batch_that_is_too_large_for_the_device_is_told_with_the_flag_that_makes_it_smaller(
+    folder, loaded, command, monkeypatch
+):
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(prediction._Member, "forward", full)
+    assert command(predict, folder, "--text", "garlic")[::2] == (
+        2,
+        "jaxtl: error: out of memory on the device; lower --batch_size\n",
+    )
+
+
+def test_the_benchmark_measures_prediction_and_the_same_batches_alone(folder, text_folder):
+    from benchmarks import predict as benchmark
+
+    measured, bare = (measure(folder, text_folder / "test.csv") for measure in (benchmark.predict, benchmark.bare))
+    assert measured["texts"] == bare["texts"] == 62
+    assert min(measured["seconds"], bare["seconds"], measured["peak_bytes"]) > 0
+    assert 0.3 < bare["filled"] < 1
 
 
 def test_importing_the_package_imports_no_jax():

@@ -37,10 +37,11 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def guarded(run: Callable[[list[str]], None], argv: list[str], again: str) -> None:
+def guarded(run: Callable[[list[str]], None], argv: list[str], again: str, less_memory: str | None = None) -> None:
     """Runs `run(argv)`; what the user can mend ends it with one line and status 2.
 
     Ctrl-C and SIGTERM end it as `jaxtl.interrupt` says, with status 130 and 143; `again` says what to do then.
+    `less_memory` says what to do where memory does not suffice; None: what there is for training.
     """
     _keep_programs()
     try:
@@ -57,15 +58,15 @@ def guarded(run: Callable[[list[str]], None], argv: list[str], again: str) -> No
             raise
         fail(f"{error.filename or 'a file'} cannot be used: {error.strerror}")
     except MemoryError:
-        fail("out of memory; lower plan.cache_budget_gb, data.train_size or train.batch_size")
+        fail(f"out of memory; {less_memory or 'lower plan.cache_budget_gb, data.train_size or train.batch_size'}")
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for out of memory
             raise
-        fail(
-            "out of memory on the device; raise train.accumulate_steps, set train.remat=blocks or "
-            "train.precision=bfloat16, or lower train.batch_size, train.eval_batch_size, model.image_size or "
-            "data.max_length"
+        training = (
+            "raise train.accumulate_steps, set train.remat=blocks or train.precision=bfloat16, or lower "
+            "train.batch_size, train.eval_batch_size, model.image_size or data.max_length"
         )
+        fail(f"out of memory on the device; {less_memory or training}")
 
 
 def quiet_libraries() -> None:

@@ -31,8 +31,11 @@ class Bar:
     On a terminal a bar with count and time left; elsewhere a line every ten seconds.
     """
 
-    def __init__(self, description: str, total: int, done: int = 0):
-        """`done` of `total` were done before: time left is that of the rest, at the speed from here on."""
+    def __init__(self, description: str, total: int | None, done: int = 0):
+        """`done` of `total` were done before: time left is that of the rest, at the speed from here on.
+
+        Where nobody knows how many there are, `total` is None, and the time left is not shown.
+        """
         self._description, self._total, self._before = description, total, done
         self._done, self._note, self._last = done, "", time.monotonic()
         self._start = self._last
@@ -43,8 +46,7 @@ class Bar:
                 BarColumn(bar_width=10),  # the figures need the width of a terminal
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(compact=True),
-                TextColumn("left"),
+                *(() if total is None else (TimeRemainingColumn(compact=True), TextColumn("left"))),
                 console=Console(stderr=True),
                 transient=True,
             )
@@ -69,6 +71,9 @@ class Bar:
         now = time.monotonic()
         if now - self._last >= _LINE_EVERY:
             self._last = now
+            if self._total is None:
+                say(f"{self._description} {self._done} {self._note}")
+                return
             left = (now - self._start) / (self._done - self._before) * (self._total - self._done)
             say(f"{self._description} {self._done}/{self._total} {self._note} {_duration(left)} left")
 

@@ -24,22 +24,53 @@ class _SizesDiffer(Exception):
     """An image is not of the size that the first one has."""
 
 
-def decode(listings: Sequence[Listing], image_size: int, resize: str, show_progress: Track) -> list[np.ndarray]:
-    """Returns the pixels of each listing, `[n, height, width, 3]` uint8; see `sources.load`."""
+def decode(
+    listings: Sequence[Listing],
+    image_size: int,
+    resize: str,
+    show_progress: Track,
+    shape: tuple[int, int] | None = None,
+) -> list[np.ndarray]:
+    """Returns the pixels of each listing, `[n, height, width, 3]` uint8; see `sources.load`.
+
+    Args:
+        listings: what to decode.
+        image_size, resize, show_progress: see `sources.load`.
+        shape: height and width that all images get; None: `sources.load` says which.
+    """
+    if shape:
+        return _decode_as(None, listings, shape, resize, show_progress)
     native = _first_size(listings[0])
     if native and max(native) <= image_size:
         try:
-            return _decode_as(native, listings, image_size, resize, show_progress)
+            return _decode_as(native, listings, _shape(native, resize), resize, show_progress)
         except _SizesDiffer:
             pass
-    return _decode_as(None, listings, image_size, resize, show_progress)
+    return _decode_as(None, listings, (image_size, image_size), resize, show_progress)
+
+
+def fit(image: Image.Image, shape: tuple[int, int], resize: str) -> np.ndarray:
+    """Returns the pixels of an 8-bit RGB image, `[height, width, 3]` uint8.
+
+    Args:
+        image: see `rgb`.
+        shape: height and width of the result.
+        resize: `stretch`; or `crop`, which cuts out the square in the middle first.
+    """
+    if resize == "crop":
+        side, left, top = min(image.size), *((length - min(image.size)) // 2 for length in image.size)
+        image = image.crop((left, top, left + side, top + side))
+    height, width = shape
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def thumbnails(listing: Listing, side: int) -> list[Image.Image]:
     """Returns the images as they are, upright and RGB, those that are larger shrunk to at most `side` pixels a side.
 
     Raises:
-        OSError, ValueError, ..: an image is damaged.
+        UserError: an image is damaged.
     """
 
     def shrunk(opener: Callable[[], Image.Image]) -> Image.Image:
@@ -48,7 +79,7 @@ def thumbnails(listing: Listing, side: int) -> list[Image.Image]:
             image.draft(None, (side, side))  # of a JPEG, only as much as is needed is decoded
             return image
 
-        image = _rgb(draft)
+        image = rgb(draft)
         image.thumbnail((side, side))
         return image
 
@@ -59,8 +90,8 @@ def thumbnails(listing: Listing, side: int) -> list[Image.Image]:
 def _first_size(listing: Listing) -> tuple[int, int] | None:
     for item in listing.items:
         try:
-            return _rgb(listing.read([item])[0]).size
-        except Exception:  # reported with the others by _decode_as
+            return rgb(listing.read([item])[0]).size
+        except UserError:  # reported with the others by _decode_as
             continue
     return None
 
@@ -68,39 +99,29 @@ def _first_size(listing: Listing) -> tuple[int, int] | None:
 def _decode_as(
     native: tuple[int, int] | None,
     listings: Sequence[Listing],
-    image_size: int,
+    shape: tuple[int, int],
     resize: str,
     show_progress: Track,
 ) -> list[np.ndarray]:
-    """Returns the pixels, all of the size (width, height) `native`, or resized where that is None."""
-    width, height = native or (image_size, image_size)
-    if resize == "crop":
-        width = height = min(width, height)
-    arrays = _allocate([(len(listing.labels), height, width, 3) for listing in listings])
+    """Returns the pixels, fitted to `shape`.
 
-    def square(image: Image.Image) -> Image.Image:
-        side, left, top = min(image.size), *((length - min(image.size)) // 2 for length in image.size)
-        return image.crop((left, top, left + side, top + side))
+    Raises:
+        _SizesDiffer: an image has not the size `native`, (width, height), where one is given.
+    """
+    arrays = _allocate([(len(listing.labels), *shape, 3) for listing in listings])
 
     def decode(listing: Listing, array: np.ndarray, run: range) -> list[str | None]:
         """Fills rows of `array`; returns what is wrong with each image, or None."""
         faults = []
         for row, opener in zip(run, listing.read(listing.items[run.start : run.stop]), strict=True):
             try:
-                image = _rgb(opener)
-            except MemoryError:
-                raise
-            except Exception as error:  # damaged files make Pillow raise almost anything
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-                faults.append(f"{listing.ids[row]} ({reason})")
+                image = rgb(opener)
+            except UserError as error:
+                faults.append(f"{listing.ids[row]} ({error})")
                 continue
             if native and image.size != native:
                 raise _SizesDiffer
-            if resize == "crop":
-                image = square(image)
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR)
-            array[row] = np.asarray(image)
+            array[row] = fit(image, shape, resize)
             faults.append(None)
         return faults
 
@@ -118,16 +139,38 @@ def _decode_as(
     return arrays
 
 
-def _rgb(opener: Callable[[], Image.Image]) -> Image.Image:
-    """Returns the image upright (EXIF) and as 8-bit RGB; transparent parts over white."""
-    with opener() as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16-bit grey, which `convert` clips at 255
-            return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-        if image.has_transparency_data:
-            over = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-        return image.convert("RGB")
+def rgb(opener: Callable[[], Image.Image]) -> Image.Image:
+    """Returns the image upright (EXIF) and as 8-bit RGB; transparent parts over white.
+
+    Raises:
+        UserError: it cannot be opened or decoded; says why, in few words.
+    """
+    try:
+        with opener() as image:
+            return _upright(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        if isinstance(error, UnidentifiedImageError):
+            raise UserError("not an image") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(" ".join(reason.split())) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` clips at 255
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
+
+
+def _shape(native: tuple[int, int], resize: str) -> tuple[int, int]:
+    """Returns height and width of images that keep their size (width, height), or the square in its middle."""
+    width, height = native
+    return (min(native),) * 2 if resize == "crop" else (height, width)
 
 
 def _allocate(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:

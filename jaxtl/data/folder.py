@@ -14,10 +14,10 @@ from jaxtl.errors import UserError
 
 _TRAIN = ("train", "training")
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LAYOUT = (
     "an image folder is DIR/train/CLASS/IMAGE beside DIR/val/CLASS/IMAGE (or validation, or test), or "
-    f"DIR/CLASS/IMAGE, two classes or more; images end in {', '.join(_EXTENSIONS)}"
+    f"DIR/CLASS/IMAGE, two classes or more; images end in {', '.join(EXTENSIONS)}"
 )
 
 
@@ -83,7 +83,7 @@ def _images(folder: Path, root: Path) -> Iterator[Path]:
     for path in _entries(folder):
         if path.is_dir():
             yield from _images(path, root)
-        elif path.suffix.lower() in _EXTENSIONS:
+        elif path.suffix.lower() in EXTENSIONS:
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root.resolve()):
                 raise UserError(f"{path} is a symbolic link out of {root}; put the image itself there")
             yield path

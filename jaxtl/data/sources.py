@@ -42,9 +42,15 @@ def load(data: config.Images, image_size: int, show_progress: Track = no_progres
     return read(listings(data, show_progress), data.resize, image_size, show_progress)
 
 
-def read(drawn: Sequence[Listing], resize: str, image_size: int, show_progress: Track = no_progress) -> list[Examples]:
-    """Returns the images that `listings` drew; see `load`."""
-    pixels = decode(drawn, image_size, resize, show_progress)
+def read(
+    drawn: Sequence[Listing],
+    resize: str,
+    image_size: int,
+    show_progress: Track = no_progress,
+    shape: tuple[int, int] | None = None,
+) -> list[Examples]:
+    """Returns the images that `listings` drew; see `load`. `shape`: height and width that all of them get instead."""
+    pixels = decode(drawn, image_size, resize, show_progress, shape)
     return [
         Examples(images, listing.labels, listing.class_names, tuple(listing.ids))
         for images, listing in zip(pixels, drawn, strict=True)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxtl import interrupt
-from jaxtl.config import Text
+from jaxtl.config import Experiment, Text
 from jaxtl.data import images, loader, masking, tokens
 from jaxtl.data.listing import Examples
 from jaxtl.errors import UserError
@@ -77,12 +77,7 @@ def preparation(this: Setup) -> step.Prepare:
     experiment = this.experiment
     data = experiment.data
     if not isinstance(data, Text):
-
-        def prepare_images(batch: step.Batch, key: jax.Array | None) -> step.Batch:
-            pixels = images.preprocess(batch["input"], experiment.model.image_size, data.scale)
-            return {**batch, "input": pixels if key is None else images.augment(key, pixels, data.augment)}
-
-        return prepare_images
+        return image_preparation(experiment)
     if experiment.model.head.kind != "mlm":
         return step.unchanged
     ids = tokens.token_ids(this.tokenizer)
@@ -101,6 +96,17 @@ def preparation(this: Setup) -> step.Prepare:
         return {**batch, "input": inputs, "label": label, "weight": weight * batch["weight"][:, None]}
 
     return hide
+
+
+def image_preparation(experiment: Experiment) -> step.Prepare:
+    """Returns what takes pixels, `[batch, height, width, 3]` uint8, to the model's input."""
+    data, size = experiment.data, experiment.model.image_size
+
+    def prepare(batch: step.Batch, key: jax.Array | None) -> step.Batch:
+        pixels = images.preprocess(batch["input"], size, data.scale)
+        return {**batch, "input": pixels if key is None else images.augment(key, pixels, data.augment)}
+
+    return prepare
 
 
 def evaluator(

@@ -103,6 +103,7 @@ class _Ready:
         drawn: the same splits, before their inputs were decoded or made into activations.
         train_step, evaluate: compiled.
         batches: of the whole run.
+        image_shape: height and width that the images were decoded to; None of texts.
         origins: digests of what is not saved with a checkpoint and must still be the same when the run goes on.
         cache: where the activations came from, and the space they take.
         seconds: that it took, of `cache` and `compile`.
@@ -117,6 +118,7 @@ class _Ready:
     train_step: Callable
     evaluate: Callable[[stages.Params, Examples], Evaluation]
     batches: grain.DatasetIterator
+    image_shape: tuple[int, int] | None
     origins: dict[str, str]
     cache: tuple[str | None, int]
     seconds: dict[str, float]
@@ -129,9 +131,10 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     this = dataclasses.replace(this, layout=layout)
     params = layout.put(initial_params(this.net, experiment.model, this.weights, settings.seed))
     params, frozen = freeze.partition(params, this.labels)
-    splits = drawn
+    splits, image_shape = drawn, None
     if isinstance(experiment.data, Images):  # after all that can be wrong with the rest: decoding may take minutes
         splits = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
+        image_shape = splits[0].inputs.shape[1:3]
     origins = {"frozen": checkpoint.digest(frozen), "examples": _digest(splits)}
     if saved:
         _check_origins(saved, origins, experiment)
@@ -176,6 +179,7 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
         loader.batches(
             splits[0], settings.batch_size, seed=settings.seed, epochs=settings.epochs, lengths=this.lengths
         ),
+        image_shape,
         origins,
         (once.origin, once.bytes) if once else ("off" if this.plan.boundary else None, 0),
         seconds,
@@ -318,6 +322,7 @@ class _Loop:
             "eval_examples": len(eval_set.labels),
             "test_examples": len(test_sets[0].labels) if test_sets else 0,
             "classes": list(train_set.class_names),
+            "image_shape": ready.image_shape,
             "architecture": dataclasses.asdict(this.net.config),
             "frozen_sha256": ready.origins["frozen"],
             "trained_sha256": checkpoint.digest(kept.params),

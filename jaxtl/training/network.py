@@ -62,6 +62,24 @@ class FinishedRun:
         """Names of the classes it tells apart."""
         return tuple(self.result["classes"])
 
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        """Height and width that its images were decoded to, before the compiled step; None of texts.
+
+        Raises:
+            UserError: the result does not say.
+        """
+        if isinstance(self.experiment.data, config.Text):
+            return None
+        try:
+            height, width = map(int, self.result["image_shape"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{self.folder / 'result.json'} does not say which size its images had, as those of this version of "
+                "jaxtl do: run it again"
+            ) from None
+        return height, width
+
 
 def network(experiment: config.Experiment, classes: int, weights: Path | None) -> Network:
     """Returns the network that an experiment describes.

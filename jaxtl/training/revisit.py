@@ -53,7 +53,7 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
     if isinstance(data, Images):
         split = sources.listings(data, track)[1]
         _check_classes(split.class_names, finished.class_names)
-        (examples,) = sources.read([split], data.resize, experiment.model.image_size, track)
+        (examples,) = sources.read([split], data.resize, experiment.model.image_size, track, finished.image_shape)
         name = "held_out"
     else:
         if "data.test" in named:

@@ -108,7 +108,9 @@ def read_experiment(folder: Path) -> config.Experiment:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no run: there is no {path.name} in it") from None
+        inside = sorted(str(one.parent) for one in folder.glob(f"*/{EXPERIMENT}"))
+        instead = f"; it holds the runs {', '.join(inside)}: name one of them" if inside else ""
+        raise UserError(f"{folder} holds no run: there is no {path.name} in it{instead}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     return config.from_json(text, str(path))

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxtl import config
-from jaxtl.data import published, text
+from jaxtl.data import published, records, text
 from jaxtl.errors import UserError
 
 ROWS = [("wash your hands", "real"), ('garlic, they say, "cures"\nit all 🧄', "fake"), ("ünïcode", "real")]
@@ -27,7 +27,7 @@ def write_parquet(path, **columns):
 
 
 def read(path, label_column="label"):
-    return list(text.records(path, "text", label_column))
+    return list(records.read(path, "text", label_column))
 
 
 def problem(call, *args, **fields):
@@ -65,7 +65,7 @@ def test_line_ends_a_byte_order_mark_and_blank_lines_make_no_difference(tmp_path
         tmp_path / "a.csv", header=f"label , text{end}", rows=[("real", "one"), ("fake", '"two"')], end=end
     )
     path.write_bytes(mark + path.read_bytes())
-    assert list(text.records(path, "text", "label")) == [(1, "one", "real"), (2, "two", "fake")]
+    assert list(records.read(path, "text", "label")) == [(1, "one", "real"), (2, "two", "fake")]
 
 
 def test_a_field_may_be_longer_than_the_csv_modules_limit_of_128_kib(tmp_path):
@@ -133,7 +133,7 @@ def test_a_damaged_file_is_one_line_that_says_where(tmp_path, name, content, exp
 def test_a_parquet_file_damaged_anywhere_is_one_line(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", text=[f"text {i}" for i in range(2000)], label=["a"] * 2000)
     whole = path.read_bytes()
-    assert "has no column 'tweet'" in problem(list, text.records(path, "tweet"))
+    assert "has no column 'tweet'" in problem(list, records.read(path, "tweet"))
     for cut in (len(whole) // 2, len(whole) - 9):
         path.write_bytes(whole[:cut])
         assert "is damaged" in problem(read, path)
@@ -144,7 +144,7 @@ def test_a_parquet_file_damaged_anywhere_is_one_line(tmp_path):
 def test_records_are_read_one_by_one(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\nnot JSON')
-    assert next(text.records(path, "text")) == (1, "a", "")
+    assert next(records.read(path, "text")) == (1, "a", "")
 
 
 # --- the splits ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtl import config, main
-from jaxtl.data import sources, text, tokens
+from jaxtl.data import records, sources, tokens
 from jaxtl.errors import UserError
 from jaxtl.training import freeze, loop, revisit, suite
 from jaxtl.training.network import TOKENIZER, initial_params, load_run, run_params
@@ -170,8 +170,8 @@ def test_validation_texts_are_split_off_by_a_seed_of_their_own_and_subsets_are_d
     other = sources.listings(change(alone, "data.subset_seed=7").data)
     assert other[1].ids != held_out.ids
     # Drawn or not, an id names the record it came from.
-    records = {f"train.csv:{number}": string for number, string, _ in text.records(text_folder / "train.csv", "text")}
-    assert [records[name] for name in held_out.ids] == list(held_out.texts)
+    known = {f"train.csv:{number}": string for number, string, _ in records.read(text_folder / "train.csv", "text")}
+    assert [known[name] for name in held_out.ids] == list(held_out.texts)
 
 
 # --- what is computed once -------------------------------------------------------------------------------
@@ -295,12 +295,12 @@ def test_answers_are_listed_whole_the_most_confident_errors_first(base, text_fol
     assert len(answers) == result["test_examples"] > wrong > 10
     rows, right = answers[:wrong], answers[wrong:]
     assert all(label == prediction for *_, label, prediction, _ in right)
-    records = {
+    known = {
         f"test.csv:{number}": (string, label)
-        for number, string, label in text.records(text_folder / "test.csv", "text", "label")
+        for number, string, label in records.read(text_folder / "test.csv", "text", "label")
     }
     for name, string, label, prediction, _ in rows:
-        assert records[name] == (string, label)
+        assert known[name] == (string, label)
         assert {label, prediction} == {"fake", "real"}
     assert any("\n" in row[1] for row in rows)
     assert any("😷" in row[1] for row in rows)

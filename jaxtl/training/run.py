@@ -12,7 +12,6 @@ lock              names the process that works in the folder, and is locked as l
 """
 
 import contextlib
-import datetime
 import json
 import os
 import platform
@@ -154,11 +153,7 @@ class Claim:
         self.taken, self._file = False, None
 
     def _move_aside(self) -> None:
-        aside = self._workdir.with_name(f"{self._workdir.name}.{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
-        try:
-            self._workdir.rename(aside)
-        except OSError as error:
-            raise UserError(f"{self._workdir} cannot be moved aside: {error.strerror or error}") from None
+        aside = storage.move_aside(self._workdir)
         say(f"the run that was in {self._workdir} is now in {aside}")
         self._release()  # the lock went with it
         (aside / LOCK).unlink(missing_ok=True)

@@ -261,7 +261,11 @@ def _data_name(data: Text | Images) -> str:
     if data.name:
         return data.name
     return (
-        "own texts" if isinstance(data, Text) else "scikit-learn's digits" if data.source == "digits" else "own images"
+        "local texts"
+        if isinstance(data, Text)
+        else "scikit-learn's digits"
+        if data.source == "digits"
+        else "local images"
     )
 
 
@@ -280,8 +284,8 @@ def _pixels(run: FinishedRun) -> list[str]:
         return []
     found = [
         "The image processor resizes to whole numbers from 0 to 255. In training, images smaller than "
-        f"{run.experiment.model.image_size} pixels that are all of one size were not rounded after resizing: up to "
-        "half of such a number apart. It does not lay transparent parts over white."
+        f"{run.experiment.model.image_size} pixels that are all of one size were not rounded in resizing: up to one "
+        "of those numbers apart. It does not lay transparent parts over white."
     ]
     if data.resize == "crop":
         found.append(

@@ -91,8 +91,8 @@ def equivalent(architecture: presets.Config, model: config.Model, classes: int, 
         notes.append(
             "Trained on the [CLS] vector itself, while this architecture puts a dense layer and tanh before the "
             f"classifier. Those are made transparent: {params['pooler/dense/kernel'][0, 0]:g} times the identity, "
-            "where tanh is straight, and the classifier's weights larger by as much. The pooler is no pretrained one; to "
-            "train this model further, start from `AutoModel`, or from the run."
+            "where tanh is straight, and the classifier's weights larger by as much. The pooler is no pretrained one: "
+            "to train this model further, start from `AutoModel`, or from the run."
         )
     if architecture.family in ("vit", "deit") and model.image_size != architecture.image_size:
         params |= _resized_positions(params, architecture, model.image_size)

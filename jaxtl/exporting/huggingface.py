@@ -109,6 +109,7 @@ def _config(run: FinishedRun, found: Equivalent, tokenizer: Any) -> dict[str, An
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     try:
         save_file(dict(arrays), path, metadata={"format": "pt"})  # which transformers asks for
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors 0.8 lets nobody else read it
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path.parent.parent} cannot be written to: {checkpoint.one_line(error)}") from None
 

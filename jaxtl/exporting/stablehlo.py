@@ -160,8 +160,8 @@ def _readme(run: FinishedRun, described: dict[str, Any]) -> str:
     ]
     if "longest" in described:
         notes.append(
-            f"Any `length` up to {described['longest']} is taken; each new one is compiled once, so fill batches up to "
-            "a few lengths. What lies beyond `lengths` changes nothing."
+            f"Any `length` up to {described['longest']} is taken, and none above; each new one is compiled "
+            "once, so fill batches up to a few lengths. What lies beyond `lengths` changes nothing."
         )
     return "\n".join(
         [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtl import config
+from jaxtl.data.tokens import load_tokenizer
 from jaxtl.models import presets, stages
 from jaxtl.models.vgg import VGGConfig
 from jaxtl.training import checkpoint, network, setup
@@ -32,14 +33,20 @@ def small_presets():
         yield
 
 
-def finish(folder, experiment, classes, tokenizer=None, weights=None):
-    """Writes a finished run with random parameters, all of them trained: none is zero or one, which hides mix-ups."""
+def finish(folder, experiment, classes, tokenizer=None, weights=None, pretrained=False):
+    """Writes a finished run, all of it trained: random parameters, none of them zero or one, which hides mix-ups.
+
+    With `pretrained`, the backbone is that of the weights.
+    """
     net = network.network(experiment, len(classes), weights)
     random = np.random.default_rng(0)
     params = {
         path: (0.2 * random.standard_normal(leaf.shape) + path.endswith("scale")).astype(np.float32)
         for path, leaf in net.params.items()
     }
+    if pretrained:
+        start = network.initial_params(net, experiment.model, weights, seed=0)
+        params |= {path: np.asarray(value) for path, value in start.items() if not path.startswith("head/")}
     per_class = {name: 0.8125 for name in classes}
     judged = {"accuracy": 0.8125, "loss": 0.4321}
     if classes:
@@ -75,8 +82,6 @@ def finish(folder, experiment, classes, tokenizer=None, weights=None):
 @pytest.fixture(scope="session")
 def text_run(bert_folder, tmp_path_factory):
     """Returns what makes a finished text run of a head, once for each."""
-    from jaxtl.data.tokens import load_tokenizer
-
     made = {}
 
     def make(kind, reads, classes=("fake", "real"), **data):
@@ -109,6 +114,22 @@ def image_run(tmp_path_factory):
             )
             made[key] = finish(tmp_path_factory.mktemp("runs") / preset, experiment, classes)
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_run(real_weights, tmp_path_factory):
+    """Returns what makes a finished run of a real checkpoint with a random head."""
+
+    def make(name, data, reads):
+        experiment = config.Experiment(
+            model=config.Model("from_weights", str(real_weights / name), head=config.Head("fc", reads)), data=data
+        )
+        folder, tokenizer = tmp_path_factory.mktemp("runs") / name, None
+        if isinstance(data, config.Text):
+            tokenizer = load_tokenizer(real_weights / name)
+        return finish(folder, experiment, ("fake", "real"), tokenizer, real_weights / name, pretrained=True)
 
     return make
 

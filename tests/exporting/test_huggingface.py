@@ -20,6 +20,7 @@ from jaxtl import config
 from jaxtl.data import images, tokens
 from jaxtl.exporting import equivalent, huggingface
 from jaxtl.models import presets
+from jaxtl.models.stages import Sequence
 from jaxtl.training.network import load_run
 from jaxtl.weights import configs, convert, tables
 from jaxtl.weights.files import Checkpoint
@@ -170,8 +171,6 @@ def test_pipeline_gives_the_labels_and_probabilities_of_texts(text_run, our_logi
     texts = ["garlic", "a mask is new", "two doctors said , the mask\nis out 😷", "the vaccine of the city " * 9]
     ids = tokens.tokenise(texts, tokens.load_tokenizer(run / "tokenizer"), 40)
     batch = ids.padded(np.arange(len(texts)), 40), ids.lengths.astype(np.int32)
-    from jaxtl.models.stages import Sequence
-
     logits = our_logits(run, Sequence(*batch))
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     classify = transformers.pipeline("text-classification", model=str(folder), truncation=True)
@@ -273,3 +272,37 @@ def test_card_holds_figures_and_classes_and_its_program_runs(which, text_run, tm
     shown = capsys.readouterr().out
     assert "fake" in shown
     assert "real" in shown
+
+
+# Real weights: six and twelve layers, features of up to 10 or so, of which float32 keeps seven digits.
+
+
+@pytest.mark.weights
+@pytest.mark.slow
+def test_real_bert_gives_our_logits_in_torch(real_run, our_logits, tmp_path):
+    run = real_run("minilm-l6", config.Text(max_length=64), "cls")
+    folder = exported(run, tmp_path)
+    texts = ["Masks work, says a new report of the WHO.", "Drinking hot water cures the virus! " * 9, "no"]
+    ids = tokens.tokenise(texts, tokens.load_tokenizer(run / "tokenizer"), 64)
+    expected = our_logits(run, Sequence(ids.padded(np.arange(3), 64), ids.lengths.astype(np.int32)))
+    assert np.ptp(expected[:, 1]) > 0.2
+    given = transformers.AutoTokenizer.from_pretrained(folder)(
+        texts, padding=True, truncation=True, return_tensors="np"
+    )
+    found = answers(loaded("BertForSequenceClassification", folder), **given)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.weights
+@pytest.mark.slow
+@pytest.mark.parametrize("reads", ["cls", "cls_patches"])
+def test_real_dinov2_gives_our_logits_in_torch(reads, real_run, our_logits, tmp_path):
+    run = real_run("dinov2-small", config.Images(scale="imagenet"), reads)
+    folder = exported(run, tmp_path)
+    picture = np.random.default_rng(0).integers(0, 256, (7, 7, 3), np.uint8)  # patches, not noise
+    picture = Image.fromarray(picture).resize((300, 240), Image.Resampling.BICUBIC)
+    resized = np.asarray(picture.resize((224, 224), Image.Resampling.BILINEAR))
+    expected = our_logits(run, images.preprocess(resized[None], 224, "imagenet"))
+    given = transformers.AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="np")
+    found = answers(loaded("Dinov2ForImageClassification", folder), **given)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxtl import config
 from jaxtl.data import images, tokens
 from jaxtl.errors import UserError
 from jaxtl.exporting import stablehlo
+from jaxtl.models.stages import Sequence
 from jaxtl.training.network import load_run
 
 THREE = ("fake", "joke", "real")
@@ -47,7 +49,8 @@ for name, batches in json.loads((root / "calls.json").read_text()).items():
 def called(root, calls):
     """Runs the artifacts in a process of their own."""
     (root / "calls.json").write_text(json.dumps(calls))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # Compiled for one call each: the less is done about it, the sooner it is over.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run(
         [sys.executable, "-c", _CALLER, str(root)], env=environment, capture_output=True, text=True, check=False
     )
@@ -72,7 +75,6 @@ def answered(text_run, image_run, our_logits, token_batch, tmp_path_factory):
         "bigru": text_run("bigru", "sequence"),
         "mlm": text_run("mlm", "masked", (), label_column=""),
         "vit": image_run("vit_nano", "fc", "cls", THREE, 12, scale="half", resize="crop"),
-        "vgg": image_run("vgg_nano", "mlp", "flatten"),
     }
     calls, expected = {}, {}
     for name, run in runs.items():
@@ -87,18 +89,16 @@ def answered(text_run, image_run, our_logits, token_batch, tmp_path_factory):
                     x = x._replace(positions=np.array([[1, 0], [2, 1], [1, 1]], np.int32)[:rows])
                     given["positions"] = x.positions
             else:
-                size = 12 if name == "vit" else 8
-                given = {"images": pixels(rows, size)}
-                x = images.preprocess(given["images"], size, "half" if name == "vit" else "unit")
+                given = {"images": pixels(rows, 12)}
+                x = images.preprocess(given["images"], 12, "half")
             np.savez(root / f"{name}{number}.npz", **given)
             expected[f"{name}{number}"] = our_logits(run, x)
     Image.fromarray(pixels(1, 30)[0]).save(root / "vit" / "image.jpg")
-    Image.fromarray(pixels(1, 30)[0]).save(root / "vgg" / "image.jpg")
     called(root, calls)
     return {name: (dict(np.load(root / f"{name}.answers.npz")), logits) for name, logits in expected.items()}, root
 
 
-@pytest.mark.parametrize("name", ["bigru", "mlm", "vit", "vgg"])
+@pytest.mark.parametrize("name", ["bigru", "mlm", "vit"])
 def test_artifact_answers_batches_of_any_size_as_we_do_without_jaxtl(answered, name):
     for number in range(2):
         found, logits = answered[0][f"{name}{number}"]
@@ -111,10 +111,10 @@ def test_artifact_answers_batches_of_any_size_as_we_do_without_jaxtl(answered, n
         np.testing.assert_allclose(found["probabilities"], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bigru", "mlm", "vit", "vgg"])
+@pytest.mark.parametrize("name", ["bigru", "mlm", "vit"])
 def test_program_of_the_readme_runs_without_jaxtl(answered, name):
     shown = (answered[1] / f"{name}.shown").read_text()
-    classes = {"bigru": "['fake', 'real']", "vit": "['fake', 'joke', 'real']", "vgg": "['one', 'two', 'three']"}
+    classes = {"bigru": "['fake', 'real']", "vit": "['fake', 'joke', 'real']"}
     assert shown.startswith(classes.get(name, "["))
     program = (answered[1] / name / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     assert len(program.splitlines()) < 20
@@ -148,15 +148,12 @@ def test_signature_says_what_the_artifact_takes_and_gives(answered):
     assert [(given["shape"], given["dtype"]) for given in signature["inputs"]] == [(["batch", 12, 12, 3], "uint8")]
 
 
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_artifact_made_beside_an_accelerator_is_right_on_a_cpu(
-    backend, text_run, our_logits, token_batch, tmp_path, monkeypatch
-):
+def test_artifact_made_beside_a_gpu_is_right_on_a_cpu(text_run, our_logits, token_batch, tmp_path, monkeypatch):
     """Kernels look at the backend when they are traced: nothing of the one that it is made on may be in it."""
     run = load_run(text_run("fc", "cls"))
     expected = our_logits(run.folder, token_batch)
     with monkeypatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: backend)
+        patch.setattr(jax, "default_backend", lambda: "gpu")
         stablehlo.write(run, tmp_path)
     model = jax.export.deserialize((tmp_path / stablehlo.ARTIFACT).read_bytes())
     assert "cudnn" not in model.mlir_module()
@@ -166,7 +163,7 @@ def test_artifact_made_beside_an_accelerator_is_right_on_a_cpu(
 
 def test_text_longer_than_trained_for_is_refused(answered):
     model = jax.export.deserialize((answered[1] / "bigru" / stablehlo.ARTIFACT).read_bytes())
-    with pytest.raises(ValueError, match="length"):
+    with pytest.raises(ValueError, match="shapes"):
         model.call(np.ones((2, 41), np.int32), np.ones(2, np.int32))
 
 
@@ -175,3 +172,16 @@ def test_model_that_jax_export_cannot_hold_is_told_before_it_is_tried(text_run, 
     with pytest.raises(UserError, match="use --format=huggingface"):
         stablehlo.write(load_run(text_run("fc", "cls")), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.weights
+@pytest.mark.slow
+def test_real_bert_answers_as_we_do(real_run, our_logits, tmp_path):
+    run = load_run(real_run("minilm-l6", config.Text(max_length=64), "cls"))
+    stablehlo.write(run, tmp_path)
+    texts = ["Masks work, says a new report of the WHO.", "Drinking hot water cures the virus! " * 9, "no"]
+    ids = tokens.tokenise(texts, tokens.load_tokenizer(run.folder / "tokenizer"), 64)
+    batch = ids.padded(np.arange(3), 64), ids.lengths.astype(np.int32)
+    found = jax.export.deserialize((tmp_path / stablehlo.ARTIFACT).read_bytes()).call(*batch)
+    # Six layers of 384: some more rounding than above.
+    np.testing.assert_allclose(found["logits"], our_logits(run.folder, Sequence(*batch)), rtol=0, atol=1e-4)

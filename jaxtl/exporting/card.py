@@ -191,7 +191,7 @@ def _figures(run: FinishedRun) -> list[str]:
     if result["reported"]:
         flat = metrics.flat({**result, **judged})
         reported = [
-            (path, f"{flat[path]:g}" if path in flat else "", f"{value:g}")
+            (path, "" if flat.get(path) is None else _number(flat[path]), _number(value))
             for path, value in result["reported"].items()
         ]
         lines += ["", "Beside the figures that are published for this recipe:", ""]
@@ -251,6 +251,10 @@ def _limitations(run: FinishedRun) -> list[str]:
     if experiment.model.weights != RANDOM:
         found.append("Licence and biases of the weights it started from come with it.")
     return found
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value > 1 and float(value).is_integer() else f"{value:.4f}"  # a count, or a share
 
 
 def _judged(result: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 
-def load(folder):
+def load(folder: str | Path) -> "Model":
     """Returns the model of a folder."""
     folder = Path(folder)
     head = json.loads((folder / "head.json").read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def load(folder):
     return model.eval()
 
 
-def backbone(folder, head):
+def backbone(folder: Path, head: dict) -> nn.Module:
     """Returns the backbone alone: a model of transformers, or `VGG`."""
     if not head["architecture"]:
         return VGG(load_file(folder / "model.safetensors"))
@@ -47,11 +47,17 @@ _WITH_POOLER = ("BertModel", "ViTModel", "DeiTModel")
 class Model(nn.Module):
     """Backbone and head: -> logits [batch, classes]."""
 
-    def __init__(self, backbone, head, reads, classes):
+    def __init__(self, backbone: nn.Module, head: nn.Module, reads: str, classes: list[str]):
         super().__init__()
         self.backbone, self.head, self.reads, self.classes = backbone, head, reads, classes
 
-    def forward(self, *, pixel_values=None, input_ids=None, attention_mask=None):
+    def forward(
+        self,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Images float [batch, 3, size, size]; or ids [batch, length], filled up at the end, and a mask, 1 for text."""
         if input_ids is None:
             return self.head(self.features(self.backbone(pixel_values)))
@@ -59,7 +65,7 @@ class Model(nn.Module):
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         return self.head(self.features(output), attention_mask.sum(dim=1))
 
-    def features(self, output):
+    def features(self, output) -> torch.Tensor:
         """Returns what the head reads of the backbone's output."""
         if self.reads == "logits":
             return output if torch.is_tensor(output) else output.logits
@@ -81,7 +87,7 @@ class Head(nn.Module):
     Which, and how wide, the weights tell.
     """
 
-    def __init__(self, weights):
+    def __init__(self, weights: dict[str, torch.Tensor]):
         super().__init__()
         self.gru = self.hidden = None
         if "gru.weight_ih_l0" in weights:
@@ -92,7 +98,7 @@ class Head(nn.Module):
         self.classifier = nn.Linear(*weights["classifier.weight"].shape[::-1])
         self.load_state_dict(weights)
 
-    def forward(self, x, lengths=None):
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Features [batch, width], or of a GRU [batch, length, width] with the lengths, -> logits [batch, classes]."""
         if self.gru is not None:
             packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
@@ -105,7 +111,7 @@ class Head(nn.Module):
 class VGG(nn.Module):
     """VGG19 with torchvision's names, up to the last feature map, or with the classifier where its weights are."""
 
-    def __init__(self, weights):
+    def __init__(self, weights: dict[str, torch.Tensor]):
         super().__init__()
         numbers = sorted({int(found[1]) for name in weights if (found := re.match(r"features\.(\d+)\.", name))})
         layers = []
@@ -122,7 +128,7 @@ class VGG(nn.Module):
             )
         self.load_state_dict(weights)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, 3, size, size] -> [batch, channels, size / 32, size / 32], or logits."""
         x = self.features(x)
         return x if self.classifier is None else self.classifier(x.flatten(1))

@@ -57,8 +57,8 @@ def write(run: FinishedRun, folder: Path) -> None:
         "file": ARTIFACT,
         "made_with": {"jax": jax.__version__, "calling_convention_version": exported.calling_convention_version},
         "platforms": list(exported.platforms),
-        "inputs": _described(inputs, _MEANINGS),
-        "outputs": _described(jax.tree.unflatten(exported.out_tree, exported.out_avals), _MEANINGS),
+        "inputs": _described(inputs),
+        "outputs": _described(jax.tree.unflatten(exported.out_tree, exported.out_avals)),
         "classes": list(run.class_names),
     }
     if isinstance(run.experiment.data, Text):
@@ -117,13 +117,13 @@ def _function(run: FinishedRun, forward: Callable[..., Any], params: dict[str, A
     return function
 
 
-def _described(arrays: dict[str, Any], meanings: dict[str, str]) -> list[dict[str, Any]]:
+def _described(arrays: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
             "shape": [size if isinstance(size, int) else str(size) for size in array.shape],
             "dtype": array.dtype.name,
-            "meaning": meanings[name],
+            "meaning": _MEANINGS[name],
         }
         for name, array in arrays.items()
     ]

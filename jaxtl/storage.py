@@ -1,12 +1,19 @@
 """Where files go, and files that are written whole or not at all."""
 
 import contextlib
+import datetime
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from jaxtl.errors import UserError
+
+# How a folder is renamed that makes room for a new one.
+_ASIDE = "%Y%m%d-%H%M%S-%f"
+_ASIDE_NAME = re.compile(r".+\.\d{8}-\d{6}-\d{6}")
 
 
 def cache_folder() -> Path:
@@ -56,3 +63,67 @@ def written_whole(path: Path, *, binary: bool = False) -> Iterator[IO]:
     finally:
         with contextlib.suppress(OSError):  # it was never made
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a new folder to be filled whole or not at all: under another name, which is changed when it is complete.
+
+    Args:
+        path: where it will be; folders above it are made.
+        overwrite: move aside what is there when the new one is complete.
+
+    Raises:
+        UserError: there is something already, or the folder cannot be written.
+    """
+    path = path.expanduser().resolve()
+    temporary = path.parent / f".{path.name}.tmp"
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: give the name of a folder")
+        there = path.is_dir() and any(path.iterdir())
+        if there and not overwrite:
+            raise UserError(f"{path} is not empty: give another name, or --overwrite to move it aside")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        if there:
+            move_aside(path)
+        elif path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raises UserError where a file system has no room for so many bytes in a folder."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"{size / 1e9:.2f} GB are needed and {folder.parent} has {free / 1e9:.2f} GB free: make room")
+
+
+def moved_aside(folder: Path) -> bool:
+    """Whether the folder's name is one that `move_aside` gives."""
+    return bool(_ASIDE_NAME.fullmatch(folder.name))
+
+
+def move_aside(folder: Path) -> Path:
+    """Gives a folder another name, which says when, and returns that.
+
+    Raises:
+        UserError: that cannot be done.
+    """
+    aside = folder.with_name(f"{folder.name}.{datetime.datetime.now().strftime(_ASIDE)}")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be moved aside: {error.strerror or error}") from None
+    return aside

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 # (mean, deviation) per channel, for pixels in [0, 1]. ImageNet's are those of torchvision and transformers.
-_SCALES = {
+SCALES = {
     "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -41,17 +41,17 @@ def preprocess(images: jax.Array, image_size: int, scale: str, dtype: DTypeLike 
     Raises:
         ValueError: an unknown scale.
     """
-    if scale not in _SCALES:
-        raise ValueError(f"scale={scale!r} is none of {', '.join(_SCALES)}")
-    mean, deviation = jnp.asarray(_SCALES[scale], jnp.float32)
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is none of {', '.join(SCALES)}")
+    mean, deviation = jnp.asarray(SCALES[scale], jnp.float32)
     pixels = images.astype(jnp.float32)
-    pixels = jax.image.resize(pixels, (len(images), image_size, image_size, 3), "bilinear", antialias=True)
+    pixels = jax.image.resize(pixels, (images.shape[0], image_size, image_size, 3), "bilinear", antialias=True)
     return ((pixels / 255 - mean) / deviation).astype(dtype)
 
 
 def visible(pixels: np.ndarray, scale: str) -> np.ndarray:
     """Returns what `preprocess` made, `[.., 3]` float, as a person sees it: uint8, scaling taken back."""
-    mean, deviation = np.asarray(_SCALES[scale], np.float32)
+    mean, deviation = np.asarray(SCALES[scale], np.float32)
     return np.clip(np.round((pixels * deviation + mean) * 255), 0, 255).astype(np.uint8)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtl import config
+from jaxtl import config, storage
 from jaxtl.data import decode, sources
 from jaxtl.errors import UserError
 from jaxtl.evaluation import pages, predictions, terminal
@@ -67,7 +67,7 @@ def find(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
                 left_out.append(f"{path}: there is no such folder")
             elif not (path / run_folder.EXPERIMENT).is_file():
                 left_out.append(f"{path}: no run")
-            elif run_folder.moved_aside(path):
+            elif storage.moved_aside(path):
                 left_out.append(f"{path}: moved aside by --overwrite; rename it to have it compared")
             elif not (path / run_folder.RESULT).is_file():
                 left_out.append(f"{path}: not finished")

@@ -13,11 +13,9 @@ lock              names the process that works in the folder, and is locked as l
 """
 
 import contextlib
-import datetime
 import json
 import os
 import platform
-import re
 import resource
 import socket
 import sys
@@ -44,9 +42,6 @@ LOCK, REPORT, EVENTS = "lock", "report", "tensorboard"
 
 # Settings that decide where something is kept or computed, and nothing about the result but its rounding.
 WITHOUT_EFFECT = ("plan.cache_dir", "plan.cache_budget_gb", "plan.cache_disk_gb", "checkpoint.", "parallel.")
-# How an older run's folder is renamed that makes room for a new one.
-_ASIDE = "%Y%m%d-%H%M%S-%f"
-_ASIDE_NAME = re.compile(r".+\.\d{8}-\d{6}-\d{6}")
 _RESULT_HAS = {
     *("accuracy", "loss", "held_out", "classes", "architecture", "frozen_sha256", "trained_sha256"),
     *("seconds_total", "versions"),
@@ -91,11 +86,6 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
     if not os.access(there, os.W_OK):
         raise UserError(f"--workdir={workdir}: no permission to write in {there}")
     return None
-
-
-def moved_aside(folder: Path) -> bool:
-    """Whether the folder's name is that of an older run that made room for a new one."""
-    return bool(_ASIDE_NAME.fullmatch(folder.name))
 
 
 def read_experiment(folder: Path) -> config.Experiment:
@@ -221,11 +211,7 @@ class Claim:
         self.taken, self._file = False, None
 
     def _move_aside(self) -> None:
-        aside = self._workdir.with_name(f"{self._workdir.name}.{datetime.datetime.now().strftime(_ASIDE)}")
-        try:
-            self._workdir.rename(aside)
-        except OSError as error:
-            raise UserError(f"{self._workdir} cannot be moved aside: {error.strerror or error}") from None
+        aside = storage.move_aside(self._workdir)
         say(f"the run that was in {self._workdir} is now in {aside}")
         self._release()  # the lock went with it
         (aside / LOCK).unlink(missing_ok=True)

@@ -49,11 +49,11 @@ def _vit(fields: Any, path: Path) -> ViTConfig:
     _supported(fields, path, num_channels=(3,), hidden_act=ACTIVATIONS, drop_path_rate=(0.0, None))
     dinov2 = fields.model_type == "dinov2"
     swiglu = dinov2 and fields.use_swiglu_ffn
-    mlp_width = int(fields.hidden_size * fields.mlp_ratio) if dinov2 else fields.intermediate_size
-    if swiglu:  # two thirds, rounded up to a multiple of 8
-        mlp_width = (int(mlp_width * 2 / 3) + 7) // 8 * 8
+    mlp_width = _dinov2_mlp_width(fields.hidden_size, fields.mlp_ratio, swiglu) if dinov2 else fields.intermediate_size
     _sound(fields, path, mlp=mlp_width, patch_size=_side(fields.patch_size), image_size=_side(fields.image_size))
-    with_classifier = not dinov2 and any("ForImageClassification" in name for name in fields.architectures or ())
+    # Of DeiT's two classifiers, the one without the teacher's head is no part of what we call its classifier.
+    classifier = {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassificationWithTeacher"}
+    with_classifier = classifier.get(fields.model_type) in (fields.architectures or ())
     return ViTConfig(
         family=fields.model_type,
         width=fields.hidden_size,
@@ -71,6 +71,11 @@ def _vit(fields: Any, path: Path) -> ViTConfig:
         hidden_dropout=fields.hidden_dropout_prob,
         attention_dropout=fields.attention_probs_dropout_prob,
     )
+
+
+def _dinov2_mlp_width(width: int, ratio: float, swiglu: bool) -> int:
+    mlp_width = int(width * ratio)
+    return (int(mlp_width * 2 / 3) + 7) // 8 * 8 if swiglu else mlp_width  # two thirds, up to a multiple of 8
 
 
 def _bert(fields: Any, path: Path) -> BertConfig:
@@ -107,6 +112,39 @@ def _bert(fields: Any, path: Path) -> BertConfig:
 
 
 _READERS = {"vit": _vit, "deit": _vit, "dinov2": _vit, "bert": _bert}
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """Returns what a `config.json` says of an architecture; `read_config` is the inverse, but for a classifier."""
+    if isinstance(config, VGGConfig):
+        return {"architecture": "vgg19", "num_classes": config.classes, "num_features": config.hidden}
+    found = {
+        "model_type": config.family,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_epsilon,
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+    }
+    if isinstance(config, BertConfig):
+        return found | {
+            "vocab_size": config.vocabulary,
+            "intermediate_size": config.mlp_width,
+            "max_position_embeddings": config.positions,
+            "type_vocab_size": config.token_types,
+        }
+    found |= {"patch_size": config.patch_size, "image_size": config.image_size, "qkv_bias": config.qkv_bias}
+    if config.family != "dinov2":
+        return found | {"intermediate_size": config.mlp_width}
+    widths = {_dinov2_mlp_width(config.width, ratio, config.swiglu): ratio for ratio in range(16, 0, -1)}
+    return found | {
+        "mlp_ratio": widths[config.mlp_width],
+        "use_swiglu_ffn": config.swiglu,
+        "layerscale_value": config.layer_scale,
+        "use_mask_token": False,  # of pretraining, and no weight of ours
+    }
 
 
 def _supported(fields: Any, path: Path, **supported: Container[Any]) -> None:

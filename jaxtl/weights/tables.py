@@ -90,6 +90,11 @@ def table(config: Config, *, top: str | None) -> Table:
     return {ViTConfig: _vit, VGGConfig: _vgg, BertConfig: _bert}[type(config)](config, top)
 
 
+def _dense(path: str, name: str) -> Iterator[Row]:
+    yield Row(f"{path}/kernel", ((f"{name}.weight", DENSE),))
+    yield Row(f"{path}/bias", ((f"{name}.bias", SAME),))
+
+
 # --- ViT, DeiT, DINOv2: the names of Hugging Face's repositories -------------------------------------------
 
 _EMBEDDINGS = (
@@ -119,6 +124,7 @@ _CLASSIFIERS = {
     ),
     "dinov2": (("classifier/class_head", "classifier"),),
 }
+_FINE_TUNED = (("head/output", "classifier"),)  # transformers' name for the output layer of a fine-tuned model's head
 
 
 def _vit(config: ViTConfig, top: str | None) -> Table:
@@ -153,7 +159,7 @@ def _vit(config: ViTConfig, top: str | None) -> Table:
     # The mask token serves pretraining only; the pooler is no part of the published classifiers.
     ignored = [r"embeddings\.mask_token", r"pooler\..*"]
     if top != "classifier":
-        ignored += [re.escape(name) + r"\..*" for _, name in classifiers]
+        ignored += [re.escape(name) + r"\..*" for _, name in (*classifiers, *_FINE_TUNED)]
     rows = tuple(Row(path, ((name, transform),)) for path, name, transform in pairs())
     return Table(rows, (f"{config.family}.",), tuple(ignored), unprefixed=("classifier",))
 
@@ -178,10 +184,6 @@ _BERT_MLM_BIAS = ("cls.predictions.bias", "cls.predictions.decoder.bias")
 
 
 def _bert(config: BertConfig, top: str | None) -> Table:
-    def dense(path: str, name: str) -> Iterator[Row]:
-        yield Row(f"{path}/kernel", ((f"{name}.weight", DENSE),))
-        yield Row(f"{path}/bias", ((f"{name}.bias", SAME),))
-
     def norm(path: str, name: str) -> Iterator[Row]:
         yield Row(f"{path}/scale", ((f"{name}.weight", SAME), (f"{name}.gamma", SAME)))
         yield Row(f"{path}/bias", ((f"{name}.bias", SAME), (f"{name}.beta", SAME)))
@@ -192,13 +194,13 @@ def _bert(config: BertConfig, top: str | None) -> Table:
         for j in range(config.depth):
             ours, theirs = f"layer_{j + 1}/", f"encoder.layer.{j}."
             for path, name in _BERT_LAYER:
-                yield from dense(ours + path, theirs + name)
+                yield from _dense(ours + path, theirs + name)
             for path, name in _BERT_NORMS:
                 yield from norm(ours + path, theirs + name)
         if top == "pooler":
-            yield from dense("pooler/dense", "pooler.dense")
+            yield from _dense("pooler/dense", "pooler.dense")
         if top == "mlm":
-            yield from dense("mlm/dense", "cls.predictions.transform.dense")
+            yield from _dense("mlm/dense", "cls.predictions.transform.dense")
             yield from norm("mlm/norm", "cls.predictions.transform.LayerNorm")
             yield Row("mlm/bias", tuple((name, SAME) for name in _BERT_MLM_BIAS))
 
@@ -209,7 +211,19 @@ def _bert(config: BertConfig, top: str | None) -> Table:
     return Table(tuple(rows()), ("bert.",), tuple(ignored), unprefixed=("mlm",), optional=("pooler", "mlm"))
 
 
-# --- GRU: torch.nn.GRU, one layer, both directions -----------------------------------------------------------
+# --- Heads: the output layer as transformers has it in fine-tuned models; the GRU as torch.nn.GRU ------------------
+
+
+def head(kind: str) -> Table:
+    """Returns the table of a head of ours: `fc`, `mlp` or `bigru`."""
+    rows: list[Row] = []
+    if kind == "bigru":
+        rows += [
+            Row(row.path, tuple((f"gru.{name}", transform) for name, transform in row.sources)) for row in gru().rows
+        ]
+    for path, name in ((("head/hidden", "hidden"),) if kind == "mlp" else ()) + _FINE_TUNED:
+        rows += _dense(path, name)
+    return Table(tuple(rows), ())
 
 
 def gru() -> Table:

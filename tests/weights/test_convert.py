@@ -148,3 +148,12 @@ def test_bert_config_is_that_of_the_preset_and_a_classifiers_dropout_is_left_asi
 def test_timm_config_of_vgg19(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "vgg19", "num_classes": 1000, "num_features": 4096}')
     assert configs.read_config(tmp_path) == presets.PRESETS["vgg19"]
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_config_json_of_every_preset_is_read_as_that_preset(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(configs.fields(presets.PRESETS[name])))
+    read = configs.read_config(tmp_path)
+    # The classifier of ViT and DeiT is told by the class that the file names, which is not the architecture's to say.
+    expected = presets.PRESETS[name]
+    assert read == (expected if expected.family in ("vgg", "bert") else dataclasses.replace(expected, classes=None))

@@ -400,16 +400,24 @@ def test_what_masked_language_modelling_hides_is_shown(bert_folder, text_folder)
     assert special == ["[CLS]", "[SEP]"] * 4
 
 
-def test_a_report_that_cannot_be_written_costs_the_run_nothing(tmp_path, reports, monkeypatch, capsys, read_json):
+def test_a_report_that_cannot_be_written_costs_the_run_nothing_and_can_be_had_later(
+    tmp_path, reports, monkeypatch, capsys, read_json
+):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "write", full)
-    result = loop.train(config.override(IMAGES, ["train.max_steps=1"]), tmp_path / "run")
-    assert read_json(tmp_path / "run/result.json") == result
+    experiment, folder = config.override(IMAGES, ["train.max_steps=1"]), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", full)
+        result = loop.train(experiment, folder)
+    assert read_json(folder / "result.json") == result
     said = capsys.readouterr().err
     assert said.count("NO REPORT") == 1
     assert "No space left on device" in said
+    assert f"remove {folder / 'result.json'} and give the same command again" in said
+    (folder / "result.json").unlink()
+    assert loop.train(experiment, folder)["trained_sha256"] == result["trained_sha256"]
+    assert (folder / "report/index.html").is_file()
 
 
 # --- TensorBoard -------------------------------------------------------------------------------------------

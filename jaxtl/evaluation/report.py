@@ -30,7 +30,6 @@ class Example:
     Attributes:
         label: name of its class; empty without labels.
         before, after: of an image: the file as it is, and as the model gets it, as `data:` addresses.
-        size: of the image, as it is: `32 x 32`.
         text: of a text.
         pieces: of a text: (word piece, "" or `special`, or `hidden-piece`: one that masked language modelling hides).
     """
@@ -39,7 +38,6 @@ class Example:
     label: str
     before: str = ""
     after: str = ""
-    size: str = ""
     text: str = ""
     pieces: tuple[tuple[str, str], ...] = ()
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtl import config
-from jaxtl.evaluation import figures, metrics, report
+from jaxtl import config, interrupt
+from jaxtl.evaluation import compare, figures, metrics, report
 from jaxtl.evaluation.report import Answer, Content, Example
-from jaxtl.training import freeze, loop
+from jaxtl.training import account, freeze, loop
 from jaxtl.training.events import Events
+from jaxtl.training.network import locate
+from jaxtl.training.setup import look
 
 HOSTILE = "<script>alert(1)</script>"
 QUOTES = "\"><img src=x onerror=alert(2)> '&amp; ${1} {{ 7*7 }} $x^2$ #1b1f24 font: 9px x; 😷\n<!-- --></style>"
@@ -350,16 +352,71 @@ def test_a_text_run_ends_with_its_report(text_run):
     assert "[CLS]" in page.text
 
 
-def test_a_report_that_cannot_be_written_costs_the_run_nothing(tmp_path, reports, monkeypatch, capsys, read_json):
+def test_the_page_is_what_the_command_prints_last(image_run, read_json, capsys):
+    compare.show_result(read_json(image_run / "result.json"), image_run, new=True)
+    assert capsys.readouterr().out.splitlines()[-1] == str(image_run / "report/index.html")
+
+
+def without_times(folder):
+    page = (folder / "report/index.html").read_text(encoding="utf-8").replace(str(folder.parent), "")
+    return re.sub(r"<dt>(Time|Memory)</dt><dd>.*?</dd>", "", page)
+
+
+def test_a_run_that_went_on_has_the_report_of_one_that_was_left_alone(image_run, tmp_path, monkeypatch):
+    report_step = loop._Loop._report
+
+    def interrupted(self, done, *rest):
+        report_step(self, done, *rest)
+        if done == 5:
+            monkeypatch.setattr(interrupt, "_asked", 15)
+
+    folder = tmp_path / image_run.name
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_report", interrupted)
+        with pytest.raises(interrupt.Interrupted):
+            loop.train(IMAGES, folder)
+    monkeypatch.setattr(interrupt, "_asked", None)
+    loop.train(IMAGES, folder)
+    assert without_times(folder) == without_times(image_run)
+    scalars, _ = events(folder)
+    assert [scalar[:2] for scalar in scalars] == [scalar[:2] for scalar in of_metrics(folder)]
+
+
+def test_what_masked_language_modelling_hides_is_shown(bert_folder, text_folder):
+    experiment = config.Experiment(
+        model=config.Model("from_weights", str(bert_folder), head=config.Head("mlm", "masked")),
+        data=config.Text(dir=str(text_folder), train=("lines.txt",), label_column="", max_length=40, buckets=1),
+    )
+    this, drawn = look(experiment, locate)
+    shown = account._texts_prepared(this, drawn[0])
+    assert len(shown) == 4
+    assert len({example.id for example in shown}) == 4
+    pieces = [piece for example in shown for piece in example.pieces]
+    hidden = [name for name, kind in pieces if kind == "hidden-piece"]
+    assert "[MASK]" in hidden
+    assert 0.05 < len(hidden) / len(pieces) < 0.25  # 15 % of those that are not special
+    special = [name for name, kind in pieces if kind == "special" and name != "[UNK]"]
+    assert special == ["[CLS]", "[SEP]"] * 4
+
+
+def test_a_report_that_cannot_be_written_costs_the_run_nothing_and_can_be_had_later(
+    tmp_path, reports, monkeypatch, capsys, read_json
+):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "write", full)
-    result = loop.train(config.override(IMAGES, ["train.max_steps=1"]), tmp_path / "run")
-    assert read_json(tmp_path / "run/result.json") == result
+    experiment, folder = config.override(IMAGES, ["train.max_steps=1"]), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", full)
+        result = loop.train(experiment, folder)
+    assert read_json(folder / "result.json") == result
     said = capsys.readouterr().err
     assert said.count("NO REPORT") == 1
     assert "No space left on device" in said
+    assert f"remove {folder / 'result.json'} and give the same command again" in said
+    (folder / "result.json").unlink()
+    assert loop.train(experiment, folder)["trained_sha256"] == result["trained_sha256"]
+    assert (folder / "report/index.html").is_file()
 
 
 # --- TensorBoard -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from jaxtl.data import sources
 from jaxtl.errors import UserError
 from jaxtl.evaluation import ensemble, metrics, predictions
 from jaxtl.evaluation import predict as prediction
-from jaxtl.training import loop
+from jaxtl.training import loop, revisit
 
 TEXTS = [
     "garlic", "a mask is new", "two doctors said , the mask\nis out 😷", "hoax hoax", "🧄",
@@ -195,6 +195,21 @@ def test_an_image_of_another_size_than_those_of_training_is_made_one_of_theirs(o
     resized = np.asarray(Image.fromarray(random).resize((8, 8), Image.Resampling.BILINEAR))
     found = of_images["small"].predict_proba([random, resized])
     np.testing.assert_allclose(found[0], found[1], atol=1e-7)
+
+
+def test_evaluating_a_run_again_decodes_its_images_as_training_did_whatever_their_size(
+    image_folders, of_images, photos, tmp_path
+):
+    """All of one size, smaller than the model's: by themselves they would be enlarged by the compiled step."""
+    copied = shutil.copytree(photos, tmp_path / "photos")
+    paths = sorted((copied / "val").glob("*/*.png"))
+    for path in paths:
+        Image.open(path).resize((5, 5)).save(path)
+    folder = shutil.copytree(image_folders["files"], tmp_path / "run")
+    found, _, _ = revisit.evaluate(folder, [f"data.dir={copied}"])
+    likely = of_images["files"].predict_proba(paths)
+    losses = [-np.log(row[int(path.parent.name)]) for row, path in zip(likely, paths, strict=True)]
+    assert found["loss"] == pytest.approx(np.mean(losses), abs=ROUNDING)
 
 
 def test_a_stream_reads_its_inputs_a_few_windows_in_advance_and_no_more(model, monkeypatch):

@@ -126,12 +126,13 @@ def _decode_as(
         return faults
 
     unreadable = []
-    for listing, array, split in zip(listings, arrays, ("training", "evaluation"), strict=False):  # or one alone
+    splits = ("training ", "evaluation ") if len(listings) > 1 else ("",)
+    for listing, array, split in zip(listings, arrays, splits, strict=True):
         count = len(listing.labels)
         runs = [range(start, min(start + _RUN, count)) for start in range(0, count, _RUN)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             done = itertools.chain.from_iterable(threads.map(partial(decode, listing, array), runs))
-            unreadable += filter(None, show_progress(done, count, f"decoding {split} images"))
+            unreadable += filter(None, show_progress(done, count, f"decoding {split}images"))
     if unreadable:
         more = f"; {len(unreadable) - _NAMED} more" if len(unreadable) > _NAMED else ""
         named = "; ".join(unreadable[:_NAMED])

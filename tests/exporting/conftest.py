@@ -54,6 +54,9 @@ def finish(folder, experiment, classes, tokenizer=None, weights=None, pretrained
     else:
         judged |= {"perplexity": 12.25}
     result = {
+        "accuracy": judged["accuracy"],
+        "loss": judged["loss"],
+        "seconds_total": 1.0,
         "held_out": judged,
         "test": None,
         "selected_step": 2,

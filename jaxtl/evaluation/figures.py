@@ -231,7 +231,7 @@ def stages(by_stage: Mapping[str, Mapping[str, int]]) -> Figure:
         axes.xaxis.get_major_locator().set_params(nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _: _count(value))
         axes.grid(visible=False, axis="y")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16 * 16 / (len(names) + 4)), ncols=2, borderaxespad=0)
+        canvas.legend(loc="outside lower center", ncols=2)
 
     learning = [name for name, count in zip(names, trained, strict=True) if count]
     alt = (

@@ -112,7 +112,10 @@ def flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Returns nested figures by path: `f1/real`, `confusion/fake/real`."""
     found: dict[str, float] = {}
     for name, value in figures.items():
-        found |= flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}/"))
+        else:
+            found[prefix + name] = value
     return found
 
 

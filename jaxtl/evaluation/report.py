@@ -259,6 +259,8 @@ def _times(result: Mapping[str, Any]) -> str:
 
 def _reported(content: Content, split: str, judged: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Returns (figure, ours, reported, difference)."""
+    if not content.result["reported"]:  # of a thousand classes, to look among their figures takes seconds
+        return []
     ours = metrics.flat({**content.result, **judged})
     rows = []
     for path, row in zip(content.result["reported"], terminal.beside_reported(content.result, judged), strict=True):
@@ -326,14 +328,17 @@ def _curves_of(content: Content, field: str) -> list[Curve]:
         ("train", f"training, mean of {every} steps", "faint"),
         ("eval", "held out", "points"),
     ):
-        points = [
-            (line["epoch"], line[field])
-            for line in content.history
-            if line["split"] == split and math.isfinite(line.get(field, math.nan))
-        ]
+        lines = [line for line in content.history if line["split"] == split]
+        points = [(line["epoch"], value) for line in lines if math.isfinite(value := _value(line, field))]
         if points and (style != "faint" or len(points) > 2):
             curves.append(Curve(label, *zip(*points, strict=True), style))
     return curves
+
+
+def _value(line: Mapping[str, Any], field: str) -> float:
+    if field == "perplexity":  # of training steps it is not written down
+        return math.exp(min(line.get("loss", math.nan), 700.0))
+    return line.get(field, math.nan)
 
 
 def _curve_note(caption: str, curves: Sequence[Curve]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 import json
+import math
 import re
 import resource
 import xml.etree.ElementTree as ElementTree
@@ -270,7 +271,7 @@ def test_masked_language_modelling_has_a_report_without_classes():
     found = {"accuracy": 0.3, "loss": 2.0, "perplexity": 7.389}
     before = {"accuracy": 0.01, "loss": 5.0, "perplexity": 148.4}
     history = [
-        {"step": step, "epoch": step, "split": "eval", "loss": 5 - step, "accuracy": 0.1, "perplexity": 148 / 4**step}
+        {"step": step, "epoch": step, "split": "eval", "loss": math.log(148 / 4**step), "accuracy": 0.1}
         for step in range(3)
     ]
     content = made(labels=None, likely=None, answers=[], history=history, counts={"training": [60], "held-out": [20]})
@@ -279,6 +280,8 @@ def test_masked_language_modelling_has_a_report_without_classes():
     )
     drawn = report.draw(content)
     assert set(drawn) == {"loss", "accuracy", "perplexity", "parameters"}
+    curves = {curve.label: list(curve.y) for curve in report._curves_of(content, "perplexity")}
+    assert curves == {"held out": pytest.approx([148.0, 37.0, 9.25])}
     text = Page(report.render(content, drawn)).text
     assert "7.39" in text
     assert "148.40 before training" in text

@@ -19,13 +19,20 @@ from absl import app, flags
 from jaxtl.cli import guarded, parser, quiet_libraries
 from jaxtl.errors import UserError
 
-_OUTPUT = flags.DEFINE_string("output", "compare.html", "The page to write: one file, which needs no network.")
+# Other commands have flags of these names too; a process has one command, but for the tests'.
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "The page to write: one file, which needs no network. Default: compare.html.",
+    allow_override=True,
+)
 _ENSEMBLE = flags.DEFINE_enum(
     "ensemble",
     None,
     ["mean", "vote"],
     "Add the ensemble of all runs that were judged on the same examples: by the mean of their probabilities, or by "
     "vote. Default: none.",
+    allow_override=True,
 )
 
 
@@ -38,7 +45,7 @@ def run(argv: list[str]) -> None:
     from jaxtl.progress import say
 
     quiet_libraries()
-    output = Path(_OUTPUT.value).expanduser()
+    output = Path(_OUTPUT.value or comparison_report.PAGE).expanduser()
     if not output.absolute().parent.is_dir():  # before the work is done
         raise UserError(f"--output={output}: there is no folder {output.parent}")
     found, left_out = runs.read([Path(name).expanduser() for name in argv[1:]])

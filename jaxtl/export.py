@@ -21,7 +21,8 @@ from jaxtl.cli import guarded, parser, quiet_libraries
 from jaxtl.errors import UserError
 
 _FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface", "stablehlo"], "What to write, see above.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Move an existing folder aside.")
+# See jaxtl.compare.
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Move an existing folder aside.", allow_override=True)
 
 
 def run(argv: list[str]) -> None:

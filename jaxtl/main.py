@@ -61,7 +61,12 @@ _EXPLAIN = flags.DEFINE_flag(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval"], "eval: evaluate a finished run on other examples, --set data.test=FILE."
 )
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Move an existing run folder aside and start anew.")
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite",
+    False,
+    "Move an existing run folder aside and start anew.",
+    allow_override=True,  # see jaxtl.compare
+)
 
 
 def run(argv: list[str]) -> None:

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 _TEXT = flags.DEFINE_multi_string("text", [], "A text to classify; repeat for more.")
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "The file to write: .csv, or .jsonl for JSON lines. Default: CSV on standard output."
+    "output",
+    None,
+    "The file to write: .csv, or .jsonl for JSON lines. Default: CSV on standard output.",
+    allow_override=True,  # see jaxtl.compare
 )
 _TOP = flags.DEFINE_integer(
     "top", None, "Write the K likeliest classes of each input. Default: all, or 5 where there are more than 20."
@@ -46,6 +49,7 @@ _ENSEMBLE = flags.DEFINE_enum(
     ["mean", "vote"],
     "How several runs answer together: by the mean of their probabilities, which is the default; or by a vote, ties by "
     "the mean.",
+    allow_override=True,
 )
 _COLUMN = flags.DEFINE_string("text_column", None, "The column that holds the texts. Default: as in training.")
 _BATCH_SIZE = flags.DEFINE_integer(

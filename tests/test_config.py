@@ -1,6 +1,7 @@
 """Overrides, validation and the JSON form of experiments."""
 
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given
@@ -112,7 +113,7 @@ def test_every_experiment_survives_json_is_valid_and_says_what_to_expect(path):
     what, expected = next((what, expected) for name, what, expected in experiments.describe_all() if name == path.stem)
     assert what
     assert expected
-    assert f"--experiment={path.stem}" in path.read_text()
+    assert re.search(f"--(experiment|suite)={path.stem}\\b", path.read_text())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3, "data": {}}', '{"model": {"preset": "x", "size": 1}}'])

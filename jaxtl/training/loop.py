@@ -322,7 +322,7 @@ class _Loop:
             "eval_examples": len(eval_set.labels),
             "test_examples": len(test_sets[0].labels) if test_sets else 0,
             "classes": list(train_set.class_names),
-            "image_shape": ready.image_shape,
+            "image_shape": ready.image_shape and list(ready.image_shape),  # as it is read again
             "architecture": dataclasses.asdict(this.net.config),
             "frozen_sha256": ready.origins["frozen"],
             "trained_sha256": checkpoint.digest(kept.params),

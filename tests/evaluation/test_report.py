@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from jaxtl import config, interrupt
-from jaxtl.evaluation import compare, figures, metrics, report
+from jaxtl.evaluation import figures, metrics, report, terminal
 from jaxtl.evaluation.report import Answer, Content, Example
 from jaxtl.training import account, freeze, loop
 from jaxtl.training.events import Events
@@ -356,7 +356,7 @@ def test_a_text_run_ends_with_its_report(text_run):
 
 
 def test_the_page_is_what_the_command_prints_last(image_run, read_json, capsys):
-    compare.show_result(read_json(image_run / "result.json"), image_run, new=True)
+    terminal.show_result(read_json(image_run / "result.json"), image_run, new=True)
     assert capsys.readouterr().out.splitlines()[-1] == str(image_run / "report/index.html")
 
 

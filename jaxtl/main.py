@@ -61,6 +61,12 @@ _EXPLAIN = flags.DEFINE_flag(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval"], "eval: evaluate a finished run on other examples, --set data.test=FILE."
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "off", ["off", "auto"], "auto: have JAX look for a TPU slice or a SLURM job. So far of one process."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, where auto cannot find it.")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes there are, with --coordinator: 1.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0, with --coordinator.")
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite",
     False,
@@ -74,11 +80,17 @@ def run(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]!r}? All arguments are flags; --help shows them")
     # Slow imports come after the flags have been read: --help answers at once.
-    from jaxtl import config, experiments
+    from jaxtl import config, experiments, hosts
     from jaxtl.evaluation import terminal
     from jaxtl.training import explain, revisit, suite
 
     quiet_libraries()
+    hosts.start(
+        auto=_DISTRIBUTED.value == "auto",
+        coordinator=_COORDINATOR.value,
+        count=_PROCESS_COUNT.value,
+        number=_PROCESS_ID.value,
+    )
     if _LIST.value:
         terminal.show(["experiment", "what it is", "expected"], list(experiments.describe_all()))
         return
@@ -87,6 +99,11 @@ def run(argv: list[str]) -> None:
         raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
     if _EXPERIMENT.value and _SUITE.value:
         raise UserError("--experiment and --suite say the same: give one of them")
+    if "://" in (_WORKDIR.value or ""):
+        raise UserError(
+            f"--workdir={_WORKDIR.value}: run folders on object storage are not supported yet; name a folder, or a "
+            "place where it is mounted"
+        )
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / _run_name(name)
     assignments = [*_SET.value, *([] if _SEED.value is None else [f"train.seed={_SEED.value}"])]
     if _MODE.value == "eval":

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from jax.extend import core
 
 from jaxtl.models import kernels, stages
 from jaxtl.training import flops, freeze, sharding, step
@@ -90,5 +91,5 @@ def _residuals(this: Setup, learning: stages.Params, resting: stages.Params, row
     with kernels.plain_attention():
         jaxpr = jax.make_jaxpr(left)(learning, resting, batch, jax.eval_shape(lambda: jax.random.key(0))).jaxpr
     given = {*jaxpr.invars, *jaxpr.constvars}
-    kept = {variable for variable in jaxpr.outvars if hasattr(variable, "count") and variable not in given}
+    kept = {variable for variable in jaxpr.outvars if isinstance(variable, core.Var) and variable not in given}
     return sum(math.prod(variable.aval.shape) * variable.aval.dtype.itemsize for variable in kept)

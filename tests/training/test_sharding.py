@@ -119,12 +119,12 @@ def test_gradients_of_trainable_leaves_alone_are_reduced_and_once(runs):
 
 
 def test_divided_parameters_take_a_part_of_the_memory(runs):
-    """And so does the optimiser's state for them."""
-    _, found = runs
+    """And so does the optimiser's state for them. The BERT of these tests is so small that none is divided."""
+    experiment, found = runs
     for (_, fsdp), folder in found.items():
         sizes = json.loads(Path(f"{folder}.sizes.json").read_text())
         large = [(whole, part) for whole, part in sizes if whole >= sharding.DIVIDED_FROM]
-        assert large
+        assert large or isinstance(experiment.data, config.Text)
         assert all(part * fsdp == whole for whole, part in large)
         assert all(part == whole for whole, part in sizes if whole < sharding.DIVIDED_FROM)
 

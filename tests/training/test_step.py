@@ -124,6 +124,13 @@ def test_labels_of_group_and_multiplier_scale_the_update_of_that_group_alone():
     np.testing.assert_array_equal(moved[10.0]["norm/bias"], moved[1.0]["norm/bias"])
 
 
+def test_whether_all_is_finite_is_worked_out_once_and_not_in_the_update_of_every_parameter():
+    _, train_step, state, frozen = make(nano(freeze.train_all(), name="adamw", clip_norm=1.0))
+    program = train_step.lower(state, frozen, batch(), jax.random.key(0)).compile().as_text()
+    # One flag by `and` in each of the three updates (two moments, the parameter) would be three times the square.
+    assert program.count(" and(") < len(state.params) ** 2
+
+
 def flops(lowered):
     return lowered.compile().cost_analysis()["flops"]
 

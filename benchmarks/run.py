@@ -158,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--full", action="store_true", help="all examples of the experiments instead of a few")
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in jaxtl.main")
     made.add_argument("--seeds", type=int, default=1, help="repeat with seeds 0, 1, ..")
-    made.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    made.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS[:1], help="default: float32")
     made.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     for weights in ("bert", "dinov2", "vgg19"):
         made.add_argument(f"--weights-{weights}", default="", help="as model.weights; default: the experiment's")

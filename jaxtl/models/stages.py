@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 Params = dict[str, Any]
@@ -68,9 +69,10 @@ class Staged(nnx.Module):
         """
         first = self.stages.index(start) if start else 0
         last = self.stages.index(stop) if stop else len(self.stages) - 1
+        keys = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(last + 1))
         for index in range(first, last + 1):
             name = self.stages[index]
-            key = None if rng is None or name in deterministic else jax.random.fold_in(rng, index)
+            key = None if keys is None or name in deterministic else keys[index]
             stage = getattr(self, name)
             x = jax.checkpoint(lambda x, key, stage=stage: stage(x, key))(x, key) if remat else stage(x, key)
         return x

@@ -66,8 +66,8 @@ def train_step(
     """Returns `step(state, frozen, batch, key) -> (state, figures)`, jitted, the state donated.
 
     The key is the same for the whole run: the step number is folded in, so a resumed run draws the same dropout
-    masks and augmentations. `figures` are those of `score`, and a fifth: 1 where the loss or the norm of the gradient was
-    not finite, 0 elsewhere. Such a step changes nothing but the step number.
+    masks and augmentations. `figures` are those of `score`, and a fifth: 1 where the loss or the norm of the gradient
+    was not finite, 0 elsewhere. Such a step changes nothing but the step number.
 
     Args:
         structure: the model without its parameters.

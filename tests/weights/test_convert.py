@@ -51,7 +51,12 @@ def test_writing_and_reading_again_gives_the_same_parameters(name, top):
 
 
 def test_every_parameter_of_every_preset_has_a_row_and_every_row_a_parameter():
-    different = {config: name for name, config in presets.PRESETS.items()}
+    # Two blocks: the others have the same names.
+    shallow = {
+        name: dataclasses.replace(config, depth=2) if hasattr(config, "depth") else config
+        for name, config in presets.PRESETS.items()
+    }
+    different = {config: name for name, config in shallow.items()}
     for config, name in different.items():
         for top in (None, *TOPS[config.family](config)):
             rows = [row.path for row in tables.table(config, top=top).rows]

@@ -4,12 +4,14 @@ import errno
 import logging as standard_logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from types import ModuleType
+from typing import NoReturn
 
 from absl import flags, logging
 
-from jaxtl import interrupt
+from jaxtl import hosts, interrupt
 from jaxtl.errors import UserError, suggest
 from jaxtl.storage import cache_folder
 
@@ -31,10 +33,10 @@ def parser(module: ModuleType) -> Callable[[list[str]], list[str]]:
     return parse
 
 
-def fail(message: str) -> None:
-    """Ends the program with one line on standard error and exit status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Ends the program with one line on standard error and this exit status."""
     print(f"jaxtl: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    _end(status)
 
 
 def guarded(run: Callable[[list[str]], None], argv: list[str], again: str, less_memory: str | None = None) -> None:
@@ -60,13 +62,32 @@ def guarded(run: Callable[[list[str]], None], argv: list[str], again: str, less_
     except MemoryError:
         fail(f"out of memory; {less_memory or 'lower plan.cache_budget_gb, data.train_size or train.batch_size'}")
     except Exception as error:
+        if hosts.lost(error):
+            reason = " ".join(str(error).split())[:200]
+            fail(
+                f"another process of this run has ended ({reason}); the same command on all of them goes on from the "
+                "last checkpoint",
+                status=1,
+            )
         if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for out of memory
-            raise
+            if not hosts.joined():
+                raise
+            traceback.print_exc()
+            _end(1)
         training = (
             "raise train.accumulate_steps, set train.remat=blocks or train.precision=bfloat16, or lower "
             "train.batch_size, train.eval_batch_size, model.image_size or data.max_length"
         )
         fail(f"out of memory on the device; {less_memory or training}")
+
+
+def _end(status: int) -> NoReturn:
+    """Ends this process; of several without taking leave of the others, which wait for it where they are."""
+    if hosts.joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def quiet_libraries() -> None:

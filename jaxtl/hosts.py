@@ -1,29 +1,33 @@
-"""One process, or several on as many hosts: what the launchers' flags say, checked before JAX is used for anything.
+"""Several processes that train together, on one machine or on many: how they find each other, agree, and take turns.
 
-One process trains with all devices that it sees, on a TPU slice of one host too. Several are not supported yet.
+All run the same program on their own part of every batch. Files are written by the first alone; every process reads
+the run folder, which must be the same for all. What one of them notices (a signal, the clock) travels to the others
+with the next step, so that all stop, or save, after the same one.
 """
 
+import os
 import re
+import sys
+from pathlib import Path
 
+from jaxtl import progress
 from jaxtl.errors import UserError
 
-_SEVERAL = (
-    "training in several processes is not supported yet: take a machine, or a TPU slice, of one host, of which all "
-    "devices are used"
-)
+# A process that has not been heard of for so many seconds is taken for dead, and all others end.
+SILENCE = 60
 
 
 def start(*, auto: bool, coordinator: str | None, count: int | None, number: int | None) -> None:
-    """Has JAX know of other processes; does nothing where none are asked for.
+    """Joins the others, before JAX is used for anything else; does nothing where none are asked for.
 
     Args:
-        auto: have JAX find them by the environment of a TPU slice, of SLURM or of Open MPI.
+        auto: have JAX find them by the environment of a TPU pod, of SLURM, of Kubernetes or of Open MPI.
         coordinator: HOST:PORT of the first process.
         count: of the processes.
         number: of this process, from 0.
 
     Raises:
-        UserError: the flags do not fit together, the others cannot be found, or there are any.
+        UserError: the flags do not fit together, or the others cannot be found.
     """
     given = {"--coordinator": coordinator, "--process_count": count, "--process_id": number}
     missing = [flag for flag, value in given.items() if value is None]
@@ -38,15 +42,106 @@ def start(*, auto: bool, coordinator: str | None, count: int | None, number: int
             raise UserError(f"--process_id={number} must be from 0 to {count - 1}, --process_count={count} at least 1")
         if not re.fullmatch(r"\S+:\d+", coordinator):
             raise UserError(f"--coordinator={coordinator}: expected HOST:PORT of the first process")
-        if count > 1:
-            raise UserError(_SEVERAL)
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from jaxtl.interrupt
     try:
-        jax.distributed.initialize(coordinator, count, number)
+        jax.distributed.initialize(
+            coordinator, count, number, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE
+        )
     except (RuntimeError, ValueError, OSError) as error:
-        where = " by the environment" if auto else f" at {coordinator}"
+        where = "" if auto else f" at {coordinator}"
         told = " ".join(str(error).split())[:300]
         raise UserError(f"the other processes were not found{where}: {told}") from None
-    if jax.process_count() > 1:
-        raise UserError(_SEVERAL)
+    if jax.process_index() > 0:
+        progress.mute()
+
+
+def joined() -> bool:
+    """Whether this process has joined others."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def count() -> int:
+    """Returns the number of processes."""
+    import jax
+
+    return jax.process_count()
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and talks."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def together(name: str) -> None:
+    """Waits until all processes have come to the point of this name."""
+    if count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def all_say(flags: list[bool]) -> list[bool]:
+    """Returns, of each flag, whether it is set in every process."""
+    if count() == 1:
+        return flags
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.array(flags)).all(axis=0).tolist()
+
+
+def gather(figures: list[float]) -> list[list[float]]:
+    """Returns, of each figure, that of every process."""
+    if count() == 1:
+        return [[figure] for figure in figures]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.array(figures)).T.tolist()
+
+
+def same_folder(workdir: Path) -> None:
+    """Raises UserError where the processes do not see the same run folder, by a file that the first one writes."""
+    if count() == 1:
+        return
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    mark = workdir.absolute().parent / f".{workdir.name}.processes"
+    token = np.frombuffer(os.urandom(8), np.int32)
+    token = np.asarray(multihost_utils.broadcast_one_to_all(token))
+    if first():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(token.tobytes().hex())
+    together("marked")
+    seen = mark.is_file() and mark.read_text() == token.tobytes().hex()
+    (everywhere,) = all_say([seen])
+    if first():
+        mark.unlink(missing_ok=True)
+    if not everywhere:
+        raise UserError(f"--workdir={workdir} is not the same folder for all {count()} processes: name a shared one")
+
+
+def leave() -> None:
+    """Parts from the others in order, so that none takes this process's end for a failure."""
+    if count() > 1:
+        import jax
+
+        jax.distributed.shutdown()
+
+
+def lost(error: Exception) -> bool:
+    """Whether an error of JAX says that another process, or the way to it, is gone."""
+    if not joined():
+        return False
+    text = str(error).lower()
+    signs = ("gloo", "connection", "coordination", "heartbeat", "socket", "unavailable", "deadline", "preempted")
+    return any(sign in text for sign in signs)

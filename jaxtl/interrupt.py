@@ -82,6 +82,13 @@ def asked() -> bool:
     return _asked is not None
 
 
+def note(number: int) -> None:
+    """Has it be as though the signal had come here, where none has yet: another process was asked to end."""
+    global _asked
+    with _lock:
+        _asked = number if _asked is None else _asked
+
+
 def check() -> None:
     """Raises Interrupted where a signal has been noted."""
     if _asked is not None:

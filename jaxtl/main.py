@@ -62,10 +62,12 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval"], "eval: evaluate a finished run on other examples, --set data.test=FILE."
 )
 _DISTRIBUTED = flags.DEFINE_enum(
-    "distributed", "off", ["off", "auto"], "auto: have JAX look for a TPU slice or a SLURM job. So far of one process."
+    "distributed", "off", ["off", "auto"], "auto: train with the other processes of a TPU pod or a SLURM job."
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, where auto cannot find it.")
-_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes there are, with --coordinator: 1.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes, where --distributed=auto cannot find it."
+)
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes there are, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0, with --coordinator.")
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite",

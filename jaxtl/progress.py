@@ -1,6 +1,7 @@
 """What is shown while work goes on: a bar on a terminal, plain lines elsewhere. All on standard error."""
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,10 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 _LINE_EVERY = 10.0  # seconds between plain lines
+_muted = False
+
+
+def mute() -> None:
+    """Has this process show nothing from here on: another one does."""
+    global _muted
+    _muted = True
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def say(text: str) -> None:
-    """Prints a line for the person watching."""
+    """Prints a line for the person watching; of several processes only the first does, see `jaxtl.hosts`."""
+    if _muted:
+        return
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
 
 
@@ -40,7 +51,7 @@ class Bar:
         self._done, self._note, self._last = done, "", time.monotonic()
         self._start = self._last
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _muted:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=10),  # the figures need the width of a terminal

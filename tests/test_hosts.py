@@ -1,15 +1,205 @@
-"""Flags that speak of other processes."""
+"""Several real processes on this machine: the same run as one, stopped together, gone on from by any number."""
 
+import dataclasses
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from jaxtl import hosts
+from jaxtl import config, hosts
 from jaxtl.errors import UserError
+from jaxtl.training import checkpoint, freeze, loop
+from jaxtl.training import run as train_run
 
-NONE = {"auto": False, "coordinator": None, "count": None, "number": None}
+FAULTS = Path(__file__).parent / "faults.py"
+IMAGES = config.Experiment(
+    model=config.Model("vit_nano_patch2_8", image_size=8, head=config.Head("mlp", "cls", hidden=32, dropout=0.5)),
+    data=config.Images(source="digits", train_size=96, eval_size=48),
+    freeze=freeze.train_from("block_3"),
+    optim=config.Optim("adamw", learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0),
+    train=config.Train(epochs=3, batch_size=32, eval_batch_size=16, log_every=1, select="best"),
+    checkpoint=config.Checkpoint(every_steps=2),
+)
+TIMES = ("seconds", "examples_per_second")
+
+
+def start(experiment, workdir, processes, moments=(), devices=1):
+    """Begins the command in so many processes; `moments` are those of `faults`, by process."""
+    path = workdir.parent / "experiment.json"
+    path.write_text(config.to_json(experiment))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number in range(processes):
+        flags = [f"--experiment={path}", f"--workdir={workdir}"]
+        if processes > 1:
+            flags += [f"--coordinator=127.0.0.1:{port}", f"--process_count={processes}", f"--process_id={number}"]
+        environment = {
+            "JAXTL_CACHE": str(workdir.parent / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,  # the same programs in many tests
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        moment = moments[number] if number < len(moments) else ""
+        output = (workdir.parent / f"output-{number}").open("wb")
+        started.append(
+            subprocess.Popen(
+                [sys.executable, FAULTS, f"{moment or 'SIGKILL@'}", *flags],
+                env={**os.environ, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    return started
+
+
+def end(started, workdir, seconds=240):
+    """Returns exit status and output of each."""
+    try:
+        statuses = [process.wait(seconds) for process in reversed(started)][::-1]
+    finally:
+        for process in started:
+            process.kill()
+    return statuses, [(workdir.parent / f"output-{number}").read_text() for number in range(len(started))]
+
+
+def run(*args, **rest):
+    workdir = args[1]
+    return end(start(*args, **rest), workdir)
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
+
+
+def assert_same(folder, other, exactly):
+    ours, theirs = checkpoint.load(folder), checkpoint.load(other)
+    assert ours.step == theirs.step
+    assert ours.record["batches"] == theirs.record["batches"]
+    if exactly:
+        assert ours.record["sha256"] == theirs.record["sha256"]
+        assert lines(folder) == lines(other)
+        assert (folder / "predictions.npz").read_bytes() == (other / "predictions.npz").read_bytes()
+        return
+    one, two = (np.array([line["loss"] for line in lines(path)]) for path in (folder, other))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder of a run of two processes that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    statuses, outputs = run(IMAGES, workdir, 2)
+    assert statuses == [0, 0], outputs
+    assert "report" in outputs[0]
+    # The first one talks; Gloo itself says that it is connected.
+    assert [line for line in outputs[1].splitlines() if not line.startswith("[Gloo]")] == []
+    return workdir
+
+
+@pytest.mark.slow
+def test_files_of_a_run_are_written_once(two):
+    names = {path.name for path in two.iterdir()}
+    assert {"result.json", "report", "trained", "checkpoints"} <= names
+    result = loop.train(IMAGES, two)  # one process reports what two have done
+    assert result["steps"] == 9
+    assert len(result["seconds_train_by_process"]) == 2
+
+
+VARIANTS = {  # images of IMAGES, or texts; changes; processes, devices of each
+    "cached": ("images", [], (4, 1)),
+    "divided": ("images", ["freeze=train_all()", "parallel.fsdp=2"], (2, 2)),
+    "texts": ("texts", ["freeze=train_all()"], (2, 1)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_processes_give_the_run_of_one(name, tmp_path, monkeypatch, bert_folder, text_folder):
+    """Every example counts once, wherever it is read: sums in another order, see `test_sharding`."""
+    kind, changes, (processes, devices) = VARIANTS[name]
+    experiment = IMAGES
+    if kind == "texts":
+        data = config.Text(
+            dir=str(text_folder), train=("train.csv",), max_length=40, buckets=2, train_size=80, eval_size=48
+        )
+        model = config.Model("from_weights", str(bert_folder), head=config.Head("bigru", "sequence", 32, dropout=0.3))
+        experiment = dataclasses.replace(IMAGES, model=model, data=data)
+    experiment = config.override(experiment, changes)
+    monkeypatch.setenv("JAXTL_CACHE", str(tmp_path / "cache"))
+    loop.train(config.override(experiment, ["parallel.fsdp=1"]), tmp_path / "one")
+    workdir = tmp_path / "run"
+    statuses, outputs = run(experiment, workdir, processes, devices=devices)
+    assert statuses == [0] * processes, outputs
+    assert_same(workdir, tmp_path / "one", exactly=False)
+    one, found = (np.load(folder / "predictions.npz") for folder in (tmp_path / "one", workdir))
+    assert found["ids"].tolist() == one["ids"].tolist()
+    np.testing.assert_allclose(found["logits"], one["logits"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_error_in_one_process_ends_all(two, tmp_path):
+    """Another run has the folder, which only the process that writes there finds out."""
+    workdir = tmp_path / "run"
+    with train_run.Claim(workdir) as claim:
+        claim.take()
+        statuses, outputs = run(IMAGES, workdir, 2)
+    assert statuses == [2, 1], outputs
+    assert "is in use by" in outputs[0]
+    assert "another process of this run has ended" in outputs[1]
+
+
+@pytest.mark.slow
+def test_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(two, tmp_path):
+    workdir = tmp_path / "run"
+    started = start(IMAGES, workdir, 2, ["", "SIGKILL@jaxtl.training.loop:_Loop._report#5"])
+    try:
+        assert started[1].wait(240) == -signal.SIGKILL
+    finally:
+        begun = time.monotonic()
+        statuses, outputs = end(started, workdir)
+    assert statuses[0] == 1, outputs[0]
+    assert time.monotonic() - begun < 30 + hosts.SILENCE
+    assert "another process of this run has ended" in outputs[0], outputs[0]
+    statuses, outputs = run(IMAGES, workdir, 2)
+    assert statuses == [0, 0], outputs
+    assert "going on after step" in outputs[0]
+    assert_same(workdir, two, exactly=True)
+
+
+@pytest.mark.slow
+def test_signal_to_one_process_stops_all_after_the_same_step(two, tmp_path):
+    workdir = tmp_path / "run"
+    statuses, outputs = run(IMAGES, workdir, 2, ["", "SIGTERM@jaxtl.training.loop:_Loop._report#2"])
+    assert statuses == [143, 143], outputs
+    saved = checkpoint.load(workdir)
+    assert 2 < saved.step < 9
+    statuses, outputs = run(IMAGES, workdir, 2)
+    assert statuses == [0, 0], outputs
+    assert f"going on after step {saved.step}" in outputs[0]
+    assert_same(workdir, two, exactly=True)
+
+
+@pytest.mark.slow
+def test_run_of_four_goes_on_in_one_and_of_one_in_two(tmp_path, two, monkeypatch):
+    monkeypatch.setenv("JAXTL_CACHE", str(tmp_path / "cache"))
+    workdir = tmp_path / "run"
+    statuses, outputs = run(IMAGES, workdir, 4, ["SIGTERM@jaxtl.training.loop:_Loop._report#2"])
+    assert statuses == [143] * 4, outputs
+    statuses, outputs = run(IMAGES, workdir, 1, ["SIGTERM@jaxtl.training.loop:_Loop._report#1"])
+    assert statuses == [143], outputs
+    statuses, outputs = run(IMAGES, workdir, 2)
+    assert statuses == [0, 0], outputs
+    assert_same(workdir, two, exactly=False)
 
 
 @pytest.mark.parametrize(
@@ -18,13 +208,12 @@ NONE = {"auto": False, "coordinator": None, "count": None, "number": None}
         ({"auto": True, "coordinator": "a:1"}, "leave out"),
         ({"coordinator": "127.0.0.1:1"}, "--process_count, --process_id is missing"),
         ({"coordinator": "127.0.0.1:1", "count": 2, "number": 2}, "--process_id=2 must be from 0 to 1"),
-        ({"coordinator": "here", "count": 1, "number": 0}, "expected HOST:PORT"),
-        ({"coordinator": "127.0.0.1:1", "count": 2, "number": 0}, "several processes is not supported yet"),
+        ({"coordinator": "here", "count": 2, "number": 0}, "expected HOST:PORT"),
     ],
 )
 def test_flags_that_do_not_fit_are_told(given, message):
     with pytest.raises(UserError, match=message):
-        hosts.start(**{**NONE, **given})
+        hosts.start(**{"auto": False, "coordinator": None, "count": None, "number": None, **given})
 
 
 def test_one_process_of_one_runs():

@@ -43,7 +43,8 @@ def batches(
             `lengths`,
         `label`: `[rows]` int32,
         `weight`: `[rows]` float32, 1, and 0 for the rows that fill up the one batch of an epoch that is short,
-        `index`: `[rows]` int32, the row of `dataset`, and -1 where the weight is 0.
+        `index`: `[rows]` int32, the row of `dataset`, and -1 where the weight is 0,
+        `rows`: `[batch_size]` int32, the same for the rows of all shards.
     A row of weight 0 repeats the first one of its batch, so that nothing computed from it is out of range.
 
     The rows of a batch are drawn before they are divided among the shards: shard `i` of `count` gets the i-th of
@@ -75,13 +76,15 @@ def batches(
 
     def gather(batch: tuple[np.ndarray, int, int]) -> dict[str, np.ndarray | Sequence]:
         examples, length, view = batch
-        padded = np.concatenate([examples, np.full(batch_size - len(examples), -1, np.int32)])[part]
+        whole = np.concatenate([examples, np.full(batch_size - len(examples), -1, np.int32)])
+        padded = whole[part]
         rows = np.where(padded >= 0, padded, examples[0])
         return {
             "input": _inputs(dataset, view * len(dataset.labels) + rows, length),
             "label": dataset.labels[rows],
             "weight": (padded >= 0).astype(np.float32),
             "index": padded,
+            "rows": whole,
         }
 
     source = _Batches(dataset, batch_size, seed, epochs, lengths)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import jaxtl
-from jaxtl import storage
+from jaxtl import hosts, storage
 from jaxtl.config import Images
 from jaxtl.data import loader
 from jaxtl.data.listing import Examples, Ragged
@@ -99,10 +99,14 @@ def run_prefix(
     """
     settings, boundary = this.experiment.plan, this.plan.boundary
     folder = Path(settings.cache_dir).expanduser() if settings.cache_dir else storage.cache_folder() / "activations"
+    if not hosts.first():  # every process keeps its own: some have a disk of their own, and others share one
+        folder = folder / f"process-{jax.process_index()}"
     store = Store(folder, settings.cache_disk_gb * 1e9)
     row = plan.kept(this.activations, settings.cache_dtype)
     wanted = _wanted(this, frozen, splits, row)
     arrays = [store.load(split.key, split.shape, row.dtype, mapped=this.plan.mapped) for split in wanted]
+    found = hosts.all_say([array is not None for array in arrays])
+    arrays = [array if everywhere else None for array, everywhere in zip(arrays, found, strict=True)]
     missing = [split for split, array in zip(wanted, arrays, strict=True) if array is None]
     loaded = [(split.name, array.nbytes) for split, array in zip(wanted, arrays, strict=True) if array is not None]
     if loaded:
@@ -171,7 +175,8 @@ def _compute(missing: list[_Split], dtype: np.dtype, run: Callable, store: Store
 
 def _wanted(this: Setup, frozen: stages.Params, splits: list[Examples], row: jax.ShapeDtypeStruct) -> list[_Split]:
     prefix = _prefix(this)
-    weights = checkpoint.digest({path: value for path, value in frozen.items() if path.partition("/")[0] in prefix})
+    prefix_params = {path: value for path, value in frozen.items() if path.partition("/")[0] in prefix}
+    weights = checkpoint.digest(this.layout.host(prefix_params))
     found = []
     for number, (examples, name) in enumerate(zip(splits, _SPLITS, strict=False)):
         views = 0 if number else this.plan.views
@@ -279,15 +284,18 @@ def _fill(array: np.ndarray, split: _Split, run: Callable, this: Setup) -> None:
     """Computes the activations of a split into `array`."""
     batch_size, count = this.experiment.train.eval_batch_size, len(split.examples.labels)
     passes, steps = max(split.views, 1), loader.steps_per_epoch(count, batch_size)
-    batches = loader.batches(split.examples, batch_size, seed=None, epochs=passes, lengths=this.lengths)
+    batches = loader.batches(
+        split.examples, batch_size, seed=None, epochs=passes, lengths=this.lengths, shard=this.layout.shard
+    )
     views_key = jax.random.fold_in(jax.random.key(this.experiment.train.seed), _VIEWS_KEY)
 
     def outputs() -> Iterator[tuple[np.ndarray, Any]]:
         for number, batch in enumerate(track(batches, passes * steps, f"frozen stages, {split.name} examples")):
             view, place = divmod(number, steps)
-            key = (jax.random.fold_in(jax.random.fold_in(views_key, view), place),) if split.views else ()
-            rows = np.where(batch["index"] >= 0, view * count + batch["index"], -1)
-            yield rows, run(this.layout.put_batch(batch), key)
+            key = jax.random.fold_in(jax.random.fold_in(views_key, view), place)
+            keys = (this.layout.put_key(key),) if split.views else ()
+            rows = np.where(batch["rows"] >= 0, view * count + batch["rows"], -1)
+            yield rows, run(this.layout.put_batch(batch), keys)
 
     for rows, found in behind(outputs(), 1):
         values = jax.device_get(stages.values(found))

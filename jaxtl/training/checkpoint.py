@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxtl import config
+from jaxtl import config, hosts
 from jaxtl.errors import UserError
 from jaxtl.models import stages
 from jaxtl.progress import say
@@ -85,7 +85,7 @@ class Saver:
     """
 
     def __init__(self, workdir: Path, settings: config.Checkpoint, latest: int | None):
-        """`latest` is the step of the checkpoint that the run goes on from."""
+        """`latest` is the step of the checkpoint that the run goes on from. Of several processes, the first writes."""
         self.latest = latest
         self._folder, self._settings = (workdir / FOLDER).absolute(), settings
         self._pending: int | None = None
@@ -101,17 +101,21 @@ class Saver:
             self._manager.close()
 
     def due(self, step: int) -> bool:
-        """Whether the state after this step is to be saved."""
-        if step in (self.latest, self._pending):
-            return False
-        every, minutes = self._settings.every_steps, self._settings.every_minutes
-        return bool(every and step % every == 0) or bool(minutes and time.monotonic() - self._saved_at >= 60 * minutes)
+        """Whether the state after this step is to be saved, by its number."""
+        every = self._settings.every_steps
+        return bool(every) and step % every == 0 and step not in (self.latest, self._pending)
+
+    def overdue(self, step: int) -> bool:
+        """Whether it is by the clock, which is another one for every process."""
+        minutes = self._settings.every_minutes
+        late = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
+        return late and step not in (self.latest, self._pending)
 
     def save(self, state: TrainState, kept: stages.Params | None, record: Mapping[str, Any]) -> None:
         """Begins to save the state, unless the checkpoint of its step is there already.
 
         Args:
-            state: on the device; copied before this returns.
+            state: on the host, a copy.
             kept: see `Saved`.
             record: plain data, for JSON.
         """
@@ -119,8 +123,11 @@ class Saver:
         self.wait()
         if step == self.latest:
             return
-        # Copied: the next step takes the state's own buffers.
-        items = {"params": _host(state.params), "optimizer": _host(_by_path(state.opt_state))}
+        self._saved_at = time.monotonic()
+        if not hosts.first():
+            self.latest = step
+            return
+        items = {"params": state.params, "optimizer": _by_path(state.opt_state)}
         if kept is not None:
             items["kept"] = kept
         described = {
@@ -135,7 +142,6 @@ class Saver:
         args = {name: ocp.args.StandardSave(arrays) for name, arrays in items.items()}
         # As text: what is read is what was written to the last character, which its digest can tell.
         args[_RECORD] = ocp.args.JsonSave({"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
-        self._saved_at = time.monotonic()
         try:
             if self._manager is None:
                 self._folder.mkdir(exist_ok=True)
@@ -158,7 +164,10 @@ class Saver:
 
     def _options(self) -> ocp.CheckpointManagerOptions:
         return ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(self._settings.keep), cleanup_tmp_directories=True
+            preservation_policy=ocp.checkpoint_managers.LatestN(self._settings.keep),
+            cleanup_tmp_directories=True,
+            multiprocessing_options=_alone(),
+            create=False,
         )
 
     def _failed(self, step: int, error: Exception) -> None:
@@ -198,8 +207,10 @@ def load(workdir: Path) -> Saved | None:
             continue
         for bad, reason in damaged:
             aside = workdir / DAMAGED / f"{bad}.{time.strftime('%Y%m%d-%H%M%S')}"
-            aside.parent.mkdir(exist_ok=True)
-            (workdir / FOLDER / str(bad)).rename(aside)
+            hosts.together(f"read {bad}")  # by all
+            if hosts.first():
+                aside.parent.mkdir(exist_ok=True)
+                (workdir / FOLDER / str(bad)).rename(aside)
             say(
                 f"THE CHECKPOINT OF STEP {bad} IS DAMAGED ({reason}): it is now {aside}; the run goes on from the one "
                 f"before, of step {step}"
@@ -224,7 +235,7 @@ def write(folder: Path, params: Mapping[str, Any]) -> None:
         UserError: that cannot be done.
     """
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
             checkpointer.save(folder.absolute(), _host(params), force=True)
             checkpointer.wait_until_finished()
     except Exception as error:
@@ -246,7 +257,7 @@ def read(folder: Path, sha256: str) -> dict[str, np.ndarray]:
     if not folder.is_dir():
         raise UserError(f"there is no {folder}: the run there has not finished, or was not copied whole; run it first")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
             described = checkpointer.metadata(folder.absolute())
             tree = getattr(described, "item_metadata", described)
             shapes = dict(getattr(tree, "tree", tree))
@@ -296,7 +307,7 @@ def _steps(folder: Path) -> list[int]:
 
 def _read(folder: Path) -> Saved:
     """Reads one checkpoint; raises whatever shows that it is damaged."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
 
         def restore(**args: Any) -> Any:
             return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**args))
@@ -318,6 +329,16 @@ def _read(folder: Path) -> Saved:
     if record["step"] != int(folder.name):
         raise ValueError(f"it is that of step {record['step']}")
     return Saved(record["step"], items["params"], items.get("kept"), record, items["optimizer"])
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """What has Orbax not wait for other processes: the first writes, and each reads for itself."""
+    if hosts.count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    number = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=number, active_processes={number}, barrier_sync_key_prefix=f"process_{number}"
+    )
 
 
 def _name(path: tuple) -> str:

@@ -73,7 +73,9 @@ def abstract_batch(dataset: Examples, batch_size: int, length: int, layout: Layo
         )
     else:
         inputs = abstract(dataset.inputs.shape[1:], dataset.inputs.dtype)
+    asked = {"asked": abstract((), jnp.int32)} if layout.processes > 1 else {}
     return {
+        **asked,
         "input": inputs,
         "label": abstract((), jnp.int32),
         "weight": abstract((), jnp.float32),

@@ -135,12 +135,13 @@ def evaluator(
 
     def evaluate(params: stages.Params, examples: Examples) -> Evaluation:
         started, count = time.perf_counter(), len(examples.labels)
-        batches = loader.batches(examples, batch_size, seed=None, lengths=this.lengths)
+        batches = loader.batches(examples, batch_size, seed=None, lengths=this.lengths, shard=this.layout.shard)
         figures, logits = np.zeros(4), None
         shown = track(batches, loader.steps_per_epoch(count, batch_size), "evaluating")
-        sent = ((batch["index"], compiled(params, frozen, this.layout.put_batch(batch))) for batch in shown)
+        sent = ((batch["rows"], compiled(params, frozen, this.layout.put_batch(batch))) for batch in shown)
         for index, found in behind(sent, 1):
-            interrupt.check()
+            if this.layout.processes == 1:  # several stop together, between two steps
+                interrupt.check()
             found = np.asarray(found)
             if hidden:
                 figures += found

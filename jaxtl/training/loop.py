@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from jaxtl import interrupt
+from jaxtl import hosts, interrupt
 from jaxtl.config import Experiment, Images
 from jaxtl.data import loader, sources
 from jaxtl.data.listing import Examples, Listing, Ragged
@@ -51,6 +52,7 @@ def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> 
         Interrupted: a signal came; what was done is saved.
     """
     started = time.perf_counter()
+    hosts.same_folder(workdir)
     run.forget_peak_memory()  # of the runs before this one, in a suite
     with run.Claim(workdir) as claim:
         if done := run.finished(workdir, experiment, overwrite):
@@ -71,16 +73,19 @@ def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> 
             state = ready.this.layout.put(saved.state(state))
             say(f"going on after step {saved.step} of {ready.this.steps}")
         standing.seconds.update(ready.seconds)
+        hosts.together("all is read")  # before the first process writes anything
         claim.take(anew=overwrite)
         with (
             interrupt.deferred(),
             run.Recorder(workdir, experiment, history) as recorder,
             checkpoint.Saver(workdir, experiment.checkpoint, saved and saved.step) as saver,
         ):
-            if ready.this.tokenizer is not None:
+            if ready.this.tokenizer is not None and hosts.first():
                 ready.this.tokenizer.save_pretrained(str(workdir / TOKENIZER))
             if experiment.checkpoint.save_frozen:
-                checkpoint.write(workdir / checkpoint.FROZEN, ready.frozen)
+                frozen = ready.this.layout.host(ready.frozen)
+                if hosts.first():
+                    checkpoint.write(workdir / checkpoint.FROZEN, frozen)
             going = _Loop(ready, recorder, saver, standing, state, started)
             try:
                 going.run()
@@ -88,6 +93,7 @@ def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> 
             except interrupt.Interrupted:
                 going.save()
                 saver.wait()
+                hosts.leave()
                 raise
 
 
@@ -135,7 +141,7 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     if isinstance(experiment.data, Images):  # after all that can be wrong with the rest: decoding may take minutes
         splits = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
         image_shape = splits[0].inputs.shape[1:3]
-    origins = {"frozen": checkpoint.digest(frozen), "examples": _digest(splits)}
+    origins = {"frozen": checkpoint.digest(layout.host(frozen)), "examples": _digest(splits)}
     if saved:
         _check_origins(saved, origins, experiment)
     seconds = collections.Counter()
@@ -157,8 +163,12 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
         seconds["compile"] += once.seconds_compile
         splits, prepare, start = once.splits, once.prepare, this.start
 
-    state = layout.put(step.TrainState.create(params, this.optimizer))
-    key = jax.random.fold_in(jax.random.key(settings.seed), 1)  # the key itself made the initial values
+    if layout.mesh:
+        state = jax.jit(lambda params: layout.divided(step.TrainState.create(params, this.optimizer)))(params)
+    else:
+        state = step.TrainState.create(params, this.optimizer)
+    # The key itself made the initial values.
+    key = layout.put_key(jax.random.fold_in(jax.random.key(settings.seed), 1))
     begun = time.perf_counter()
     train_step = compile_step(
         this.train_step(prepare, start), (state, frozen), splits[0], settings.batch_size, this.lengths, layout, (key,)
@@ -177,13 +187,37 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
         train_step,
         evaluate,
         loader.batches(
-            splits[0], settings.batch_size, seed=settings.seed, epochs=settings.epochs, lengths=this.lengths
+            splits[0],
+            settings.batch_size,
+            seed=settings.seed,
+            epochs=settings.epochs,
+            lengths=this.lengths,
+            shard=layout.shard,
         ),
         image_shape,
         origins,
         (once.origin, once.bytes) if once else ("off" if this.plan.boundary else None, 0),
         seconds,
     )
+
+
+def _each(seconds: collections.Counter) -> dict[str, list[float]]:
+    """Returns the times of several processes, for result.json."""
+    if hosts.count() == 1:
+        return {}
+    train, waiting = hosts.gather([seconds["train"], seconds["waiting_for_input"]])
+    return {"seconds_train_by_process": train, "seconds_waiting_for_input_by_process": waiting}
+
+
+def _by_process(seconds: collections.Counter) -> str:
+    """Returns what the slowest and the fastest of several processes took, and which one it was."""
+    shown = []
+    for name, figures in zip(
+        ("training", "waiting for input"), hosts.gather([seconds["train"], seconds["waiting_for_input"]]), strict=True
+    ):
+        longest = max(figures)
+        shown.append(f"{name} {min(figures):.1f} to {longest:.1f} s (process {figures.index(longest)})")
+    return ", ".join(shown)
 
 
 def _digest(splits: list[Examples]) -> str:
@@ -229,6 +263,7 @@ class _Loop:
         self._experiment = ready.this.experiment
         self._recorder, self._saver = recorder, saver
         self._standing, self._state = standing, state
+        self._agreed = 0  # what the processes ask of each other, see `Layout.put_batch`
         # As though the processes that were interrupted had been this one.
         self._started = started - standing.seconds["before"]
 
@@ -243,8 +278,11 @@ class _Loop:
         last = -(-this.steps // this.steps_per_epoch)
         while standing.epoch <= last:
             title = f"epoch {standing.epoch}/{settings.epochs}"
+            before = standing.seconds.copy()
             with Bar(title, this.steps, standing.step) as bar:
                 self._run_steps(min(standing.epoch * this.steps_per_epoch, this.steps), bar)
+            if this.layout.processes > 1:
+                say(f"{title}  {_by_process(standing.seconds - before)}")
             held_out = None
             if standing.epoch % settings.eval_every == 0 or standing.epoch == last:
                 held_out = self._evaluate(self._state.params)
@@ -256,10 +294,10 @@ class _Loop:
                 best = standing.kept is None or held_out.better_than(standing.kept.evaluation)
                 if best if settings.select == "best" else standing.epoch == last:
                     # Copied: the next step takes the state's own buffers.
-                    params = jax.tree.map(np.array, self._state.params)
+                    params = this.layout.host(self._state.params)
                     standing.kept = Kept(standing.step, held_out, params)
             standing.close_epoch(last=standing.epoch == last)
-            if standing.epoch > last or self._saver.due(standing.step):
+            if standing.epoch > last or self._saver.due(standing.step) or self._overdue(standing.step):
                 self.save()
 
     def save(self) -> None:
@@ -269,12 +307,11 @@ class _Loop:
             return
         standing.seconds["before"] = time.perf_counter() - self._started
         self._saver.save(
-            self._state,
+            self._this.layout.host(self._state),  # copied: the next step takes the state's own buffers
             kept.params if kept and kept.step != standing.step else None,
             {
                 "standing": standing.to_json(),
                 "batches": self._ready.batches.get_state(),
-                "key": jax.random.key_data(self._ready.key).tolist(),
                 "history": self._recorder.history,
                 "origins": self._ready.origins,
                 "environment": run.environment(),
@@ -297,8 +334,9 @@ class _Loop:
             raise UserError(
                 f"{workdir} cannot hold the last checkpoint, see above: make room there and give the same command again"
             )
-        checkpoint.write(workdir / checkpoint.TRAINED, kept.params)
-        if judged.logits is not None:
+        if hosts.first():
+            checkpoint.write(workdir / checkpoint.TRAINED, kept.params)
+        if judged.logits is not None and hosts.first():
             found = predictions.Predictions(examples.ids, examples.labels, judged.logits)
             predictions.write(workdir / predictions.ARRAYS, found)
             (workdir / run.REPORT).mkdir(exist_ok=True)
@@ -337,13 +375,17 @@ class _Loop:
             "seconds_evaluate": seconds["evaluate"],
             "seconds_waiting_for_input": seconds["waiting_for_input"],
             "seconds_total": time.perf_counter() - self._started,
+            **_each(seconds),
             "peak_memory_bytes": run.peak_memory_bytes(),
             "reported": dict(self._experiment.reported),
             **run.environment(),
         }
-        figures = account.write(workdir, this, ready.drawn, judged.logits, result, self._recorder.history)
-        self._recorder.figures(figures, this.steps)
-        return self._recorder.result(result)
+        if hosts.first():
+            figures = account.write(workdir, this, ready.drawn, judged.logits, result, self._recorder.history)
+            self._recorder.figures(figures, this.steps)
+        result = self._recorder.result(result)
+        hosts.together("finished")
+        return result
 
     def _evaluate(self, params: stages.Params, examples: Examples | None = None) -> Evaluation:
         found = self._ready.evaluate(params, self._ready.splits[1] if examples is None else examples)
@@ -365,16 +407,31 @@ class _Loop:
         standing.line.go_on()
         before = standing.meter.seconds
         while standing.step < until:
+            self._agreed = 0
             for done, figures, rows in behind(self._sent(until), _AHEAD):
                 self._report(done, np.asarray(figures, np.float64), rows, bar)
             standing.seconds["train"] += standing.meter.seconds - before
             before = standing.meter.seconds
-            interrupt.check()
+            self._stop_if_asked()
             if standing.step < until:
                 self.save()
                 standing.meter.go_on()
                 standing.line.go_on()
-        interrupt.check()
+        self._stop_if_asked()
+
+    @property
+    def _asked(self) -> bool:
+        """Whether to stop: of several processes, what all of them know after the same step."""
+        return interrupt.asked() if self._this.layout.processes == 1 else bool(self._agreed & 1)
+
+    def _overdue(self, step: int) -> bool:
+        """Whether a checkpoint is due by the clock."""
+        return self._saver.overdue(step) if self._this.layout.processes == 1 else bool(self._agreed & 2)
+
+    def _stop_if_asked(self) -> None:
+        if self._asked:
+            interrupt.note(signal.SIGTERM)  # it may have come to another process
+            interrupt.check()
 
     def _sent(self, until: int) -> Iterator[tuple[int, jax.Array, np.ndarray]]:
         """Sends steps to the device until one of that number, or until there is something else to do."""
@@ -382,18 +439,19 @@ class _Loop:
         while done < until:
             asked = time.perf_counter()
             host = next(ready.batches)
-            batch = self._this.layout.put_batch(host)
+            batch = self._this.layout.put_batch(host, interrupt.asked() + 2 * self._saver.overdue(done + 1))
             self._standing.seconds["waiting_for_input"] += time.perf_counter() - asked
             self._state, figures = ready.train_step(self._state, ready.frozen, batch, ready.key)
             done += 1
-            yield done, figures, host["index"]
-            if interrupt.asked() or self._saver.due(done):
+            yield done, figures, host["rows"]
+            if self._asked or self._saver.due(done) or self._overdue(done):
                 return
 
     def _report(self, done: int, figures: np.ndarray, rows: np.ndarray, bar: Bar) -> None:
         """Takes in the figures of a step that is done: to the bar, to metrics.jsonl, and into the means."""
         standing = self._standing
         standing.step = done
+        self._agreed |= int(figures[5])
         if figures[4]:
             self._not_finite(figures[0] / max(figures[2], 1), rows)
         else:

@@ -31,7 +31,7 @@ try:
 except ImportError:  # Windows: nothing keeps two processes apart
     fcntl = None
 
-from jaxtl import config, storage
+from jaxtl import config, hosts, storage
 from jaxtl.errors import UserError
 from jaxtl.evaluation.figures import Figure
 from jaxtl.progress import say, say_once
@@ -176,10 +176,13 @@ class Claim:
             self._move_aside()
         if not self.taken:
             self._acquire()
-            if (self._workdir / EXPERIMENT).exists():
+            if hosts.first() and (self._workdir / EXPERIMENT).exists():  # the others are late to look
                 raise UserError(f"another process began a run in {self._workdir} meanwhile: give another --workdir")
 
     def _acquire(self) -> None:
+        if not hosts.first():
+            self.taken = True
+            return
         path = self._workdir / LOCK
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
@@ -211,6 +214,8 @@ class Claim:
         self.taken, self._file = False, None
 
     def _move_aside(self) -> None:
+        if not hosts.first():
+            return
         aside = storage.move_aside(self._workdir)
         say(f"the run that was in {self._workdir} is now in {aside}")
         self._release()  # the lock went with it
@@ -218,7 +223,7 @@ class Claim:
 
 
 class Recorder:
-    """Writes the files of a run."""
+    """Writes the files of a run. Of several processes the first does, the others keep the lines in mind."""
 
     def __init__(self, workdir: Path, experiment: config.Experiment, history: str | None):
         """Begins a run in its folder, or goes on with it.
@@ -229,13 +234,15 @@ class Recorder:
             history: of a run that goes on: metrics.jsonl as it was at the checkpoint; None: a new one begins.
         """
         self._workdir = workdir = workdir.absolute()
+        self._lines, self._events = (history or "").splitlines(keepends=True), None
+        self._written, self._size = len(self._lines), len(history or "")  # lines on the disk, and their bytes
+        if not hosts.first():
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         storage.write(workdir / EXPERIMENT, config.to_json(experiment))  # first: it makes the folder that of a run
         if history is None or not (workdir / ENVIRONMENT).exists():
             storage.write(workdir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
-        self._lines = (history or "").splitlines(keepends=True)
         storage.write(workdir / METRICS, history or "")
-        self._written, self._size = len(self._lines), len(history or "")  # lines on the disk, and their bytes
         self._events = Events(workdir / EVENTS, self._lines)
 
     def __enter__(self) -> "Recorder":
@@ -243,7 +250,8 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self._flush()
-        self._events.close()
+        if self._events:
+            self._events.close()
 
     @property
     def history(self) -> str:
@@ -262,11 +270,13 @@ class Recorder:
         single = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
         self._lines.append(json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **single}) + "\n")
         self._flush()
-        self._events.add(self._lines[-1], flush=split == "eval")
+        if self._events:
+            self._events.add(self._lines[-1], flush=split == "eval")
 
     def figures(self, figures: Sequence[Figure], step: int) -> None:
         """Adds the figures of the report to TensorBoard's events."""
-        self._events.add_figures(figures, step)
+        if self._events:
+            self._events.add_figures(figures, step)
 
     def result(self, result: dict[str, Any]) -> dict[str, Any]:
         """Writes result.json, and returns what it holds.
@@ -275,12 +285,16 @@ class Recorder:
             UserError: it cannot be written, or lines of metrics.jsonl cannot.
         """
         self._flush()
+        if not hosts.first():
+            return result
         if self._written < len(self._lines):
             raise UserError(f"{self._workdir / METRICS} cannot be written: make room and give the same command again")
         storage.write(self._workdir / RESULT, json.dumps(result, indent=2) + "\n")
         return result
 
     def _flush(self) -> None:
+        if not hosts.first():
+            return
         path = self._workdir / METRICS
         lines = "".join(self._lines[self._written :]).encode()  # of which each is ASCII
         try:
@@ -317,7 +331,7 @@ def peak_memory_bytes() -> int:
 
     Of the process on Linux it is that since `forget_peak_memory`.
     """
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return int(statistics["peak_bytes_in_use"])
     with contextlib.suppress(OSError):

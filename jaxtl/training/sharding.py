@@ -42,12 +42,44 @@ class Layout:
 
         return jax.tree.map(place, state, self._divided(state))
 
-    def put_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a batch on its devices; of each process its own rows, see `jaxtl.data.loader.batches`."""
+    def put_batch(self, batch: Mapping[str, Any], asked: int = 0) -> dict[str, Any]:
+        """Returns a batch on its devices; of each process its own rows, see `jaxtl.data.loader.batches`.
+
+        Of several processes, `asked` travels with it: 1, this one would stop; 2, save; 3, both.
+        """
+        own = {name: value for name, value in batch.items() if name != "rows"}
         if self.mesh is None:
-            return jax.device_put(dict(batch))
+            return jax.device_put(own)
+        if self.processes > 1:
+            own["asked"] = np.full(len(own["label"]), asked, np.int32)
         by_row = self.by_row
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row, x), dict(batch))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row, x), own)
+
+    def put_key(self, key: jax.Array) -> jax.Array:
+        """Returns a random key on all devices."""
+        if self.mesh is None:
+            return key
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        data = np.asarray(jax.random.key_data(key))
+        placed = jax.make_array_from_callback(data.shape, everywhere, lambda index: data[index])
+        return jax.jit(jax.random.wrap_key_data, out_shardings=everywhere)(placed)
+
+    def host(self, state: Any) -> Any:
+        """Returns arrays whole, on the host of every process."""
+        if self.mesh is None or self.processes == 1:
+            return jax.tree.map(np.array, state)
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        return jax.tree.map(lambda x: np.array(whole(x)), state)
+
+    @property
+    def processes(self) -> int:
+        """How many processes have devices of the mesh."""
+        return jax.process_count()
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(index, count) of the part of every batch that is this process's."""
+        return jax.process_index(), jax.process_count()
 
     @property
     def by_row(self) -> NamedSharding | None:

@@ -66,8 +66,9 @@ def train_step(
     """Returns `step(state, frozen, batch, key) -> (state, figures)`, jitted, the state donated.
 
     The key is the same for the whole run: the step number is folded in, so a resumed run draws the same dropout
-    masks and augmentations. `figures` are those of `score`, and a fifth: 1 where the loss or the norm of the gradient
-    was not finite, 0 elsewhere. Such a step changes nothing but the step number.
+    masks and augmentations. `figures` are those of `score`, and two more: 1 where the loss or the norm of the gradient
+    was not finite, 0 elsewhere (such a step changes nothing but the step number), and what any process asks for, see
+    `Layout.put_batch`.
 
     Args:
         structure: the model without its parameters.
@@ -110,7 +111,8 @@ def train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        figures = layout.gathered(jnp.append(figures, jnp.where(finite, 0.0, 1.0)))
+        asked = jnp.max(raw["asked"] & 1) + 2 * jnp.max(raw["asked"] >> 1) if "asked" in raw else 0
+        figures = layout.gathered(jnp.append(figures, jnp.stack([jnp.where(finite, 0.0, 1.0), asked])))
         return layout.divided(TrainState(state.step + 1, params, opt_state)), figures
 
     return jax.jit(_exact(step), donate_argnums=0)

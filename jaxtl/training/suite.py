@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtl import config
+from jaxtl import config, hosts
 from jaxtl.config import Experiment, Suite, Text
 from jaxtl.errors import UserError, suggest
 from jaxtl.evaluation import comparison_report, runs, terminal
@@ -122,10 +122,12 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
     for name, member, _ in members:
         say(f"--- {name}")
         done[name] = done[name] or loop.train(member, workdir / name, overwrite=anew[name])
-    finished, left_out = runs.read([workdir / name for name, _, _ in members])
-    for line in left_out:
-        say(f"left out: {line}")
-    comparison_report.present(finished, workdir / comparison_report.PAGE)
+    if hosts.first():
+        finished, left_out = runs.read([workdir / name for name, _, _ in members])
+        for line in left_out:
+            say(f"left out: {line}")
+        comparison_report.present(finished, workdir / comparison_report.PAGE)
+    hosts.together("compared")
 
 
 def _with_seed(experiment: Experiment, seed: int) -> Experiment:

@@ -59,6 +59,7 @@ def test_every_batch_has_one_shape_and_its_own_pixels():
             "label": ((4,), np.int32),
             "weight": ((4,), np.float32),
             "index": ((4,), np.int32),
+            "rows": ((4,), np.int32),
         }
         real = batch["index"] >= 0
         assert np.array_equal(batch["weight"], real)

@@ -52,6 +52,7 @@ def guarded(run: Callable[[list[str]], None], argv: list[str], again: str, less_
     except UserError as error:
         fail(str(error))
     except interrupt.Interrupted as signal:
+        hosts.leave()
         interrupt.end(signal.number, again)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

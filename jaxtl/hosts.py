@@ -67,7 +67,9 @@ def joined() -> bool:
 
 
 def count() -> int:
-    """Returns the number of processes."""
+    """Returns the number of processes; of one alone without JAX, which would take the accelerator."""
+    if not joined():
+        return 1
     import jax
 
     return jax.process_count()
@@ -75,6 +77,8 @@ def count() -> int:
 
 def first() -> bool:
     """Whether this process is the one that writes and talks."""
+    if not joined():
+        return True
     import jax
 
     return jax.process_index() == 0
@@ -132,7 +136,7 @@ def same_folder(workdir: Path) -> None:
 
 def leave() -> None:
     """Parts from the others in order, so that none takes this process's end for a failure."""
-    if count() > 1:
+    if joined():
         import jax
 
         jax.distributed.shutdown()

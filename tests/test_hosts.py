@@ -16,7 +16,7 @@ import pytest
 
 from jaxtl import config, hosts
 from jaxtl.errors import UserError
-from jaxtl.training import checkpoint, freeze, loop
+from jaxtl.training import checkpoint, freeze, loop, sharding
 from jaxtl.training import run as train_run
 
 FAULTS = Path(__file__).parent / "faults.py"
@@ -234,3 +234,21 @@ def test_run_folder_on_object_storage_is_refused_before_anything_is_written(tmp_
     assert status == 2
     assert "--workdir=gs://bucket/run: run folders on object storage are not supported yet" in told
     assert not list(tmp_path.iterdir())
+
+
+def test_one_process_alone_is_known_without_taking_the_accelerator(monkeypatch):
+    """Which a second command would wait for, or fail on, before it hears that the run folder is in use."""
+
+    def taken():
+        raise AssertionError("JAX was asked")
+
+    monkeypatch.setattr(jax, "process_count", taken)
+    monkeypatch.setattr(jax, "process_index", taken)
+    assert (hosts.count(), hosts.first()) == (1, True)
+    hosts.together("alone")
+    hosts.leave()
+
+
+def test_arrays_are_gathered_by_one_program_for_each_mesh():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (sharding.DATA, sharding.FSDP))
+    assert sharding._whole(mesh) is sharding._whole(mesh)

@@ -176,7 +176,7 @@ def _compute(missing: list[_Split], dtype: np.dtype, run: Callable, store: Store
 def _wanted(this: Setup, frozen: stages.Params, splits: list[Examples], row: jax.ShapeDtypeStruct) -> list[_Split]:
     prefix = _prefix(this)
     prefix_params = {path: value for path, value in frozen.items() if path.partition("/")[0] in prefix}
-    weights = checkpoint.digest(this.layout.host(prefix_params))
+    weights = checkpoint.digest(prefix_params, this.layout.read)
     found = []
     for number, (examples, name) in enumerate(zip(splits, _SPLITS, strict=False)):
         views = 0 if number else this.plan.views

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -273,11 +273,11 @@ def read(folder: Path, sha256: str) -> dict[str, np.ndarray]:
     return params
 
 
-def digest(params: Mapping[str, Any]) -> str:
-    """Returns a SHA-256, in hexadecimal, of parameters by path: names, shapes and bytes."""
+def digest(params: Mapping[str, Any], read: Callable[[Any], np.ndarray] = np.asarray) -> str:
+    """Returns a SHA-256, in hexadecimal, of parameters by path: names, shapes and bytes; `read` reads one of them."""
     sha256 = hashlib.sha256()
     for path in sorted(params):
-        value = np.asarray(params[path])
+        value = read(params[path])
         sha256.update(f"{path} {value.shape} {value.dtype}\n".encode())
         sha256.update(np.ascontiguousarray(value).data)
     return sha256.hexdigest()

@@ -83,7 +83,7 @@ def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> 
             if ready.this.tokenizer is not None and hosts.first():
                 ready.this.tokenizer.save_pretrained(str(workdir / TOKENIZER))
             if experiment.checkpoint.save_frozen:
-                frozen = ready.this.layout.host(ready.frozen)
+                frozen = {path: ready.this.layout.read(value) for path, value in ready.frozen.items()}
                 if hosts.first():
                     checkpoint.write(workdir / checkpoint.FROZEN, frozen)
             going = _Loop(ready, recorder, saver, standing, state, started)
@@ -93,7 +93,6 @@ def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> 
             except interrupt.Interrupted:
                 going.save()
                 saver.wait()
-                hosts.leave()
                 raise
 
 
@@ -141,7 +140,7 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     if isinstance(experiment.data, Images):  # after all that can be wrong with the rest: decoding may take minutes
         splits = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
         image_shape = splits[0].inputs.shape[1:3]
-    origins = {"frozen": checkpoint.digest(layout.host(frozen)), "examples": _digest(splits)}
+    origins = {"frozen": checkpoint.digest(frozen, layout.read), "examples": _digest(splits)}
     if saved:
         _check_origins(saved, origins, experiment)
     seconds = collections.Counter()
@@ -305,6 +304,7 @@ class _Loop:
         standing, kept = self._standing, self._standing.kept
         if not standing.step:
             return
+        self._saver.wait()  # until it has done with its copy of the state before there is another
         standing.seconds["before"] = time.perf_counter() - self._started
         self._saver.save(
             self._this.layout.host(self._state),  # copied: the next step takes the state's own buffers

@@ -6,8 +6,9 @@ arXiv:1910.02054, stage 3; Zhao et al. 2023, arXiv:2304.11277), and gathered whe
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -64,12 +65,13 @@ class Layout:
         placed = jax.make_array_from_callback(data.shape, everywhere, lambda index: data[index])
         return jax.jit(jax.random.wrap_key_data, out_shardings=everywhere)(placed)
 
+    def read(self, x: Any) -> np.ndarray:
+        """Returns an array whole, in every process; on a CPU it may be the device's own memory."""
+        return np.asarray(x if self.processes == 1 else _whole(self.mesh)(x))
+
     def host(self, state: Any) -> Any:
-        """Returns arrays whole, on the host of every process."""
-        if self.mesh is None or self.processes == 1:
-            return jax.tree.map(np.array, state)
-        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-        return jax.tree.map(lambda x: np.array(whole(x)), state)
+        """Returns whole copies of arrays, in every process."""
+        return jax.tree.map(lambda x: np.array(self.read(x)), state)
 
     @property
     def processes(self) -> int:
@@ -99,6 +101,12 @@ class Layout:
     def _divided(self, state: Any) -> Any:
         parts = self.mesh.shape[FSDP]
         return jax.tree.map(lambda x: NamedSharding(self.mesh, spec(x.shape, parts)), state)
+
+
+@functools.cache
+def _whole(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Returns what gathers an array on every device; one function, so that each shape is compiled once."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:

@@ -378,7 +378,6 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_saved_and_what_was_saved_s
     def limited(self, state, *rest):
         if int(state.step) in (4, 6):
             full.append(int(state.step))
-            self.wait()  # for the one before, which has no limit
             with Limit(20_000):
                 save(self, state, *rest)
                 self.wait()
@@ -402,7 +401,6 @@ def test_run_whose_last_checkpoint_cannot_be_saved_ends_with_what_to_do_and_lose
         save = checkpoint.Saver.save
 
         def limited(self, state, *rest):
-            self.wait()
             with Limit(20_000 if int(state.step) > 10 else resource.RLIM_INFINITY):
                 save(self, state, *rest)
                 self.wait()

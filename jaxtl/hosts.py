@@ -7,7 +7,9 @@ with the next step, so that all stop, or save, after the same one.
 
 import os
 import re
+import socket
 import sys
+import time
 from pathlib import Path
 
 from jaxtl import progress
@@ -15,6 +17,8 @@ from jaxtl.errors import UserError
 
 # A process that has not been heard of for so many seconds is taken for dead, and all others end.
 SILENCE = 60
+# So many seconds a process waits for the others at the start.
+WAIT = 300
 
 
 def start(*, auto: bool, coordinator: str | None, count: int | None, number: int | None) -> None:
@@ -40,14 +44,23 @@ def start(*, auto: bool, coordinator: str | None, count: int | None, number: int
             raise UserError(f"of several processes, each is given {', '.join(given)}; {', '.join(missing)} is missing")
         if count < 1 or not 0 <= number < count:
             raise UserError(f"--process_id={number} must be from 0 to {count - 1}, --process_count={count} at least 1")
-        if not re.fullmatch(r"\S+:\d+", coordinator):
+        if not (match := re.fullmatch(r"(\S+):(\d+)", coordinator)) or not 0 < int(match[2]) < 2**16:
             raise UserError(f"--coordinator={coordinator}: expected HOST:PORT of the first process")
+        if number > 0:  # JAX, where it waits in vain, ends the process with a stack of C++
+            _wait_for(match[1].strip("[]"), int(match[2]))
+        elif count > 1:
+            progress.say(f"waiting for the other {count - 1} at {coordinator}, {WAIT} s at most")
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from jaxtl.interrupt
     try:
         jax.distributed.initialize(
-            coordinator, count, number, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE
+            coordinator,
+            count,
+            number,
+            initialization_timeout=WAIT,
+            heartbeat_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=SILENCE,
         )
     except (RuntimeError, ValueError, OSError) as error:
         where = "" if auto else f" at {coordinator}"
@@ -55,6 +68,22 @@ def start(*, auto: bool, coordinator: str | None, count: int | None, number: int
         raise UserError(f"the other processes were not found{where}: {told}") from None
     if jax.process_index() > 0:
         progress.mute()
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Waits until something listens there; raises UserError after `WAIT` seconds."""
+    until = time.monotonic() + WAIT
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"--coordinator={host}:{port}: no process listens there ({error.strerror or error}); start the "
+                    "first one, --process_id=0, with the same --coordinator"
+                ) from None
+        time.sleep(0.5)
 
 
 def joined() -> bool:

@@ -209,9 +209,12 @@ def test_run_of_four_goes_on_in_one_and_of_one_in_two(tmp_path, two, monkeypatch
         ({"coordinator": "127.0.0.1:1"}, "--process_count, --process_id is missing"),
         ({"coordinator": "127.0.0.1:1", "count": 2, "number": 2}, "--process_id=2 must be from 0 to 1"),
         ({"coordinator": "here", "count": 2, "number": 0}, "expected HOST:PORT"),
+        ({"coordinator": "here:99999", "count": 2, "number": 0}, "expected HOST:PORT"),
+        ({"coordinator": "127.0.0.1:9", "count": 2, "number": 1}, "no process listens there"),
     ],
 )
-def test_flags_that_do_not_fit_are_told(given, message):
+def test_flags_that_do_not_fit_are_told(given, message, monkeypatch):
+    monkeypatch.setattr(hosts, "WAIT", 0.6)
     with pytest.raises(UserError, match=message):
         hosts.start(**{"auto": False, "coordinator": None, "count": None, "number": None, **given})
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 from absl import flags, logging
 
 from jaxtl import hosts, interrupt
-from jaxtl.errors import UserError, suggest
+from jaxtl.errors import Outage, UserError, suggest
 from jaxtl.storage import cache_folder
 
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
@@ -40,7 +40,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def guarded(run: Callable[[list[str]], None], argv: list[str], again: str, less_memory: str | None = None) -> None:
-    """Runs `run(argv)`; what the user can mend ends it with one line and status 2.
+    """Runs `run(argv)`; what the user can mend ends it with one line and status 2, what passes with status 1.
 
     Ctrl-C and SIGTERM end it as `jaxtl.interrupt` says, with status 130 and 143; `again` says what to do then.
     `less_memory` says what to do where memory does not suffice; None: what there is for training.
@@ -51,6 +51,8 @@ def guarded(run: Callable[[list[str]], None], argv: list[str], again: str, less_
             run(argv)
     except UserError as error:
         fail(str(error))
+    except Outage as error:
+        fail(str(error), status=1)
     except interrupt.Interrupted as signal:
         hosts.leave()
         interrupt.end(signal.number, again)

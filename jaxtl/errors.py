@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The exceptions that are told in one line: what a user can mend, and what passes."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,6 +8,13 @@ class UserError(Exception):
     """Something the user can put right: what is wrong, where, and what to do, in one message.
 
     `jaxtl.main` prints it as one line on standard error, without a traceback, and exits with status 2.
+    """
+
+
+class Outage(Exception):
+    """Something that passes, as a network that fails: what, and how to go on, in one message.
+
+    The commands print it like `UserError`, and exit with status 1, after which launchers try again.
     """
 
 

@@ -5,9 +5,15 @@ import datetime
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes apart
+    fcntl = None
 
 from jaxtl.errors import UserError
 
@@ -19,6 +25,39 @@ _ASIDE_NAME = re.compile(r".+\.\d{8}-\d{6}-\d{6}")
 def cache_folder() -> Path:
     """Returns the folder for what can be made or fetched again: `$JAXTL_CACHE`, or `~/.cache/jaxtl`."""
     return Path(os.path.expanduser(os.environ.get("JAXTL_CACHE") or "~/.cache/jaxtl"))
+
+
+def lock(path: Path, what: str) -> IO[str]:
+    """Locks a file, and returns it: until it is closed or the process ends, the lock is this one's. It tells whose.
+
+    Args:
+        path: of the file, which is made.
+        what: it stands for, to be told to others.
+
+    Raises:
+        UserError: another process has the lock, or the file cannot be written.
+    """
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"{what} is in use by {owner}: wait until it has ended, or give another --workdir") from None
+    except OSError:
+        from jaxtl.progress import say  # not needed by those who ask for --help
+
+        say(f"{path.parent} is on a file system without locks: nothing keeps two processes from {what}")
+    with contextlib.suppress(OSError):  # a full disk: others are refused without being told by whom
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
 
 
 def reserve(descriptor: int, size: int) -> None:

@@ -11,7 +11,6 @@ Experiments are run by `python -m jaxtl.main`. What they trained is used by `pyt
 import os
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ def load(
     prepares them as it did in training. An input that cannot be read becomes an answer with an `error`.
 
     Args:
-        runs: the run folder, or several, of any architectures, that tell apart the same classes of the same kind of
-            input.
+        runs: the run folder (`gs://BUCKET/RUN` is fetched), or several, of any architectures, that tell apart the same
+            classes of the same kind of input.
         ensemble: how several runs answer together: by the `mean` of their probabilities, or by `vote`: the class that
             most of them choose, where these are equally many the one with the greatest mean probability.
         batch_size: inputs that the device takes at once; None: as in the run's evaluation (`train.eval_batch_size`).
@@ -49,7 +48,9 @@ def load(
     Raises:
         UserError (`jaxtl.errors`): there is no finished run that tells classes apart, or they do not go together.
     """
+    from jaxtl import remote
     from jaxtl.evaluation import predict  # and with it JAX, which takes seconds
 
     folders = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
-    return predict.Predictor([Path(folder).expanduser() for folder in folders], ensemble, batch_size)
+    copies = [remote.local(folder, without=["checkpoints"]) for folder in folders]
+    return predict.Predictor(copies, ensemble, batch_size)

@@ -3,10 +3,11 @@
     python -m jaxtl.compare runs/*
     python -m jaxtl.compare runs/covid --output=covid.html --ensemble=mean
 
-The folders are those of runs, or hold runs, as that of a suite does. Shown are accuracy, F1 and loss with 95 %
-intervals (bootstrap over the examples), parameters, time and memory, learning curves, reported figures, and what most
-runs get wrong. Runs that differ by their seed alone are one row: the mean, and an interval over the seeds. Runs that
-were judged on the same examples are tested against each other (McNemar's exact test, with Holm's correction).
+The folders are those of runs, or hold runs, as that of a suite does; `gs://BUCKET/RUNS` is fetched. Shown are accuracy,
+F1 and loss with 95 % intervals (bootstrap over the examples), parameters, time and memory, learning curves, reported
+figures, and what most runs get wrong. Runs that differ by their seed alone are one row: the mean, and an interval over
+the seeds. Runs that were judged on the same examples are tested against each other (McNemar's exact test, with Holm's
+correction).
 
 Runs that have not finished and folders that hold none are left out, and named.
 """
@@ -41,6 +42,7 @@ def run(argv: list[str]) -> None:
     if len(argv) < 2:
         raise UserError("give the folders of finished runs, as in `python -m jaxtl.compare runs/*`")
     # Slow imports come after the command line has been read.
+    from jaxtl import remote
     from jaxtl.evaluation import comparison_report, runs
     from jaxtl.progress import say
 
@@ -48,7 +50,7 @@ def run(argv: list[str]) -> None:
     output = Path(_OUTPUT.value or comparison_report.PAGE).expanduser()
     if not output.absolute().parent.is_dir():  # before the work is done
         raise UserError(f"--output={output}: there is no folder {output.parent}")
-    found, left_out = runs.read([Path(name).expanduser() for name in argv[1:]])
+    found, left_out = runs.read([folder for name in argv[1:] for folder in remote.found(name)])
     for line in left_out:
         say(f"left out: {line}")
     comparison_report.present(found, output, _ENSEMBLE.value)

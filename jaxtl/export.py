@@ -9,7 +9,7 @@ huggingface   config.json, model.safetensors, tokenizer or image processor, mode
 stablehlo     one file of jax.export, parameters inside, for CPU, CUDA and TPU and any batch size, and signature.json.
               Needs jax alone.
 
-Each folder's README.md says how it is loaded.
+Each folder's README.md says how it is loaded. The run may be on gs://, the folder to write is a local one.
 """
 
 import sys
@@ -29,7 +29,11 @@ def run(argv: list[str]) -> None:
     """Does what the command line says; raises UserError for what the user can mend."""
     if len(argv) != 3:
         raise UserError("give a run folder and the folder to write, as in `runs/text_csv exported/tweets`")
-    folder, target = (Path(name).expanduser() for name in argv[1:])
+    from jaxtl import remote
+
+    if remote.url(argv[2]):
+        raise UserError(f"{argv[2]}: give a local folder to write, and copy it from there")
+    folder, target = remote.local(argv[1], without=["checkpoints"]), Path(argv[2]).expanduser()
     if target.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UserError(f"{target} is the run itself, or holds it: give another folder to write")
     # Slow imports come after the command line has been read.

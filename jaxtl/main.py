@@ -10,7 +10,8 @@
 
 An experiment is a small Python file that returns a dataclass; --set replaces single fields of it. The run folder
 holds experiment.json (the resolved experiment), metrics.jsonl, checkpoints/ and result.json. The same command again
-goes on with a run that was interrupted, and reports a finished one.
+goes on with a run that was interrupted, and reports a finished one. --workdir=gs://BUCKET/RUN is a folder of object
+storage, see docs/scaling.md.
 
 A suite is an experiment file that names several experiments. They run one after the other, each in a folder of its own
 below runs/SUITE, share what they keep of frozen stages, and end with the comparison of `python -m jaxtl.compare`: on
@@ -39,7 +40,7 @@ _SEEDS = flags.DEFINE_integer(
     "over the seeds. More can be added later. A single experiment becomes a suite, in runs/NAME-seeds.",
     lower_bound=1,
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run folder. Default: runs/NAME.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run folder, which may be on gs://. Default: runs/NAME.")
 _SET = flags.DEFINE_multi_string(
     "set",
     [],
@@ -82,7 +83,7 @@ def run(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]!r}? All arguments are flags; --help shows them")
     # Slow imports come after the flags have been read: --help answers at once.
-    from jaxtl import config, experiments, hosts
+    from jaxtl import config, experiments, hosts, remote
     from jaxtl.evaluation import terminal
     from jaxtl.training import explain, revisit, suite
 
@@ -101,19 +102,18 @@ def run(argv: list[str]) -> None:
         raise UserError("--experiment=NAME is missing; --list shows the names, --experiment=quickstart is a first one")
     if _EXPERIMENT.value and _SUITE.value:
         raise UserError("--experiment and --suite say the same: give one of them")
-    if "://" in (_WORKDIR.value or ""):
-        raise UserError(
-            f"--workdir={_WORKDIR.value}: run folders on object storage are not supported yet; name a folder, or a "
-            "place where it is mounted"
-        )
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / _run_name(name)
+    workdir = _WORKDIR.value or str(Path("runs") / _run_name(name))
+    if remote.url(name):
+        folder, _, file = name.rpartition("/")
+        name = str(remote.local(folder, without=["checkpoints", "trained", "frozen"]) / file)
     assignments = [*_SET.value, *([] if _SEED.value is None else [f"train.seed={_SEED.value}"])]
     if _MODE.value == "eval":
         if _EXPLAIN.value != "false" or _OVERWRITE.value or _SUITE.value or _SEEDS.value > 1:
             raise UserError("--mode=eval is for one finished run: without --explain, --overwrite, --suite and --seeds")
-        found, split, path = revisit.evaluate(workdir, assignments)
-        terminal.show_metrics(found, split)
-        print(path)
+        with remote.mirrored(workdir) as folder:
+            found, split, path = revisit.evaluate(folder, assignments)
+            terminal.show_metrics(found, split)
+            print(remote.shown(path))
         return
     chosen = suite.override(experiments.load(name), assignments)
     single = isinstance(chosen, config.Experiment)
@@ -123,22 +123,24 @@ def run(argv: list[str]) -> None:
     if _SEEDS.value > 1:
         repeated = suite.repeated(chosen, _SEEDS.value, re.sub(r"[^\w-]", "_", _run_name(name)))
         if single and not _WORKDIR.value:
-            workdir = workdir.with_name(f"{workdir.name}-seeds")
+            workdir += "-seeds"
     if _EXPLAIN.value != "false":
-        explain.explain(chosen, workdir, as_json=_EXPLAIN.value == "json")
+        explain.explain(chosen, remote.place(workdir), as_json=_EXPLAIN.value == "json")
         if _SEEDS.value > 1 and _EXPLAIN.value != "json":
             terminal.line(f"\nwith --seeds={_SEEDS.value}: {', '.join(name for name, _ in repeated.members)}")
-    else:
-        suite.run(repeated, workdir, overwrite=_OVERWRITE.value)
+        return
+    with remote.mirrored(workdir) as folder:
+        suite.run(repeated, folder, overwrite=_OVERWRITE.value)
 
 
 def _run_name(name: str) -> str:
-    experiment = Path(name)
-    if experiment.suffix != ".json":
-        return experiment.stem
+    from jaxtl import remote
+
+    if Path(name).suffix != ".json":
+        return Path(name).stem
     # A run's experiment.json is named by its folder: what is evaluated there stays there, what runs anew does not.
-    folder = experiment.resolve().parent
-    return str(folder) if _MODE.value == "eval" else f"{folder.name}-again"
+    folder = (remote.url(name) or str(Path(name).resolve())).rpartition("/")[0]
+    return folder if _MODE.value == "eval" else f"{folder.rpartition('/')[2]}-again"
 
 
 def main(argv: list[str]) -> None:

@@ -5,10 +5,10 @@
     python -m jaxtl.predict runs/pets cat.jpg photos/ --output=answers.jsonl --top=3
     python -m jaxtl.predict runs/vit runs/dinov2 runs/vgg photos/ --ensemble=vote
 
-Run folders come first, then inputs: of runs on texts CSV, TSV, JSON lines, Parquet or .txt files, of runs on images
-image files and folders of them. Several runs answer together. Every input is one row, with its label and
-probabilities; one that cannot be read is a row with an error. --output is CSV or JSON lines, by its suffix, and is
-written whole or not at all; without it, CSV goes to standard output.
+Run folders come first (`gs://BUCKET/RUN` is fetched), then inputs: of runs on texts CSV, TSV, JSON lines, Parquet or
+.txt files, of runs on images image files and folders of them. Several runs answer together. Every input is one row,
+with its label and probabilities; one that cannot be read is a row with an error. --output is CSV or JSON lines, by its
+suffix, and is written whole or not at all; without it, CSV goes to standard output.
 
 Exit status: 0; 1 if some rows have errors; 2 if the command is mistaken, and nothing was written. docs/predict.md tells
 more.
@@ -59,7 +59,9 @@ _BATCH_SIZE = flags.DEFINE_integer(
 
 def run(argv: list[str]) -> None:
     """Does what the command line says; raises UserError for what the user can mend."""
-    folders, paths = _divided([Path(argument).expanduser() for argument in argv[1:]])
+    from jaxtl import remote
+
+    folders, paths = _divided([remote.local(argument, without=["checkpoints"]) for argument in argv[1:]])
     output = _checked(folders, paths)
     # Slow imports come after the command line has been read.
     from jaxtl.data import inputs

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from jaxtl import storage
+from jaxtl import remote, storage
 from jaxtl.evaluation import comparison, ensemble, figures, pages, terminal
 from jaxtl.evaluation.comparison import Comparison, Figure, Pool, Row
 from jaxtl.evaluation.runs import Run
@@ -116,7 +116,7 @@ def present(finished: Sequence[Run], page: Path, rule: ensemble.Rule | None = No
     found = comparison.illustrated(comparison.compare(finished, rule))
     write(page, found)
     show(found)
-    terminal.line(str(page))
+    terminal.line(remote.shown(page))
 
 
 def groups(found: Comparison) -> list[Group]:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxtl import remote
 from jaxtl.evaluation import metrics
 
 # What is shown of result.json beside the judged split: heading, field, format.
@@ -65,10 +66,10 @@ def show_result(result: Mapping[str, Any], workdir: Path, *, new: bool) -> None:
         rows.insert(0, ("held-out accuracy", f"{result['accuracy']:.4f}"))
         rows.insert(1, ("held-out loss", f"{result['loss']:.4f}"))
     show(("this run", ""), rows, numbers=True)
-    line(f"{'' if new else 'finished before; '}{workdir / 'result.json'}")
+    line(f"{'' if new else 'finished before; '}{remote.shown(workdir / 'result.json')}")
     page = workdir / "report" / "index.html"
     if page.is_file():  # it is said where it could not be written
-        line(str(page))
+        line(remote.shown(page))
 
 
 def show_metrics(found: Mapping[str, Any], split: str) -> None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from jaxtl import remote
 from jaxtl.config import Images
 from jaxtl.data import decode, images, loader, sources
 from jaxtl.data.listing import Examples, Listing, Ragged
@@ -84,7 +85,7 @@ def _content(
         answers = _answers(judged, likely)
     return Content(
         name=workdir.absolute().name,
-        command=f"python -m jaxtl.main --experiment={shlex.quote(str(workdir / run.EXPERIMENT))}",
+        command=f"python -m jaxtl.main --experiment={shlex.quote(remote.shown(workdir / run.EXPERIMENT))}",
         finished=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         settings=dataclasses.asdict(experiment),
         result=result,

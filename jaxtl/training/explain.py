@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxtl import config
+from jaxtl import config, remote
 from jaxtl.config import Data, Experiment, Images, Plan, Suite
 from jaxtl.evaluation import terminal
 from jaxtl.models import presets
@@ -93,7 +93,7 @@ def describe(this: Setup, splits: list[Any], workdir: Path, shown: Experiment | 
         "memory": dataclasses.asdict(memory.of(this, experiment.parallel.devices or jax.device_count())),
         "flops": dataclasses.asdict(flops.of(this, splits)),
         "flops_without": dataclasses.asdict(flops.of(without, splits)),
-        "workdir": str(workdir),
+        "workdir": remote.shown(workdir),
     }
 
 

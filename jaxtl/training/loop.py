@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from jaxtl import hosts, interrupt
+from jaxtl import hosts, interrupt, remote
 from jaxtl.config import Experiment, Images
 from jaxtl.data import loader, sources
 from jaxtl.data.listing import Examples, Listing, Ragged
@@ -52,7 +52,7 @@ def train(experiment: Experiment, workdir: Path, *, overwrite: bool = False) -> 
         Interrupted: a signal came; what was done is saved.
     """
     started = time.perf_counter()
-    hosts.same_folder(workdir)
+    remote.share(workdir)
     run.forget_peak_memory()  # of the runs before this one, in a suite
     with run.Claim(workdir) as claim:
         if done := run.finished(workdir, experiment, overwrite):

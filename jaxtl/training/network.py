@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtl import config
+from jaxtl import config, remote
 from jaxtl.data import masking
 from jaxtl.errors import UserError, suggest
 from jaxtl.models import presets, stages
@@ -124,7 +124,7 @@ def locate(weights: str) -> Path | None:
     """
     if weights == config.RANDOM:
         return None
-    path = Path(weights).expanduser()
+    path = remote.local(weights, without=["checkpoints"])
     if path.exists():
         return path
     if not hub.is_repo_id(weights):

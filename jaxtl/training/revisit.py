@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxtl import config, storage
+from jaxtl import config, remote, storage
 from jaxtl.config import Images, Text
 from jaxtl.data import sources, text, tokens
 from jaxtl.errors import UserError
@@ -88,7 +88,7 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
     found = evaluator(this, preparation(this), None, params, frozen, examples)(params, examples)
     say(f"{name}: {found}")
     figures = {
-        "run": str(folder.resolve()),
+        "run": remote.url(folder) or str(folder.resolve()),
         "data": dataclasses.asdict(data),
         "examples": len(examples.labels),
         "seconds": time.perf_counter() - started,

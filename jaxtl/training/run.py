@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import resource
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -26,12 +25,7 @@ from typing import Any
 
 import jax
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two processes apart
-    fcntl = None
-
-from jaxtl import config, hosts, storage
+from jaxtl import config, hosts, remote, storage
 from jaxtl.errors import UserError
 from jaxtl.evaluation.figures import Figure
 from jaxtl.progress import say, say_once
@@ -61,25 +55,26 @@ def finished(workdir: Path, experiment: config.Experiment, overwrite: bool) -> d
         UserError: the folder holds a run of another experiment, files that are no run's, or cannot be written.
     """
     weights = experiment.model.weights
-    if weights != config.RANDOM and Path(weights).expanduser().resolve() == workdir.resolve():
-        raise UserError(f"a run cannot start from weights in its own folder, {workdir}: give another --workdir")
+    name = remote.shown(workdir)
+    if weights != config.RANDOM and (weights == name or Path(weights).expanduser().resolve() == workdir.resolve()):
+        raise UserError(f"a run cannot start from weights in its own folder, {name}: give another --workdir")
     path, result = workdir / EXPERIMENT, workdir / RESULT
     if path.is_file() and not overwrite:
         try:
             before = read_experiment(workdir)
             done = read_result(workdir) if result.is_file() else None
         except UserError as error:
-            raise UserError(f"{workdir} holds a damaged run ({error}); --overwrite moves it aside") from None
+            raise UserError(f"{name} holds a damaged run ({error}); --overwrite moves it aside") from None
         if changed := [name for name in config.differences(before, experiment) if not name.startswith(WITHOUT_EFFECT)]:
             raise UserError(
-                f"{workdir} holds a run with other settings ({', '.join(changed)}); give another --workdir, "
+                f"{name} holds a run with other settings ({', '.join(changed)}); give another --workdir, "
                 "or --overwrite to move the old run aside"
             )
         if done is not None:
             return done
     names = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
-    if not path.is_file() and any(name != LOCK and not name.startswith(".") for name in names):
-        raise UserError(f"--workdir={workdir} holds files but no run; choose an empty folder, or a new name")
+    if not path.is_file() and any(entry != LOCK and not entry.startswith(".") for entry in names):
+        raise UserError(f"--workdir={name} holds files but no run; choose an empty folder, or a new name")
     there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise UserError(f"--workdir={workdir}: {there} is not a folder")
@@ -183,29 +178,12 @@ class Claim:
         if not hosts.first():
             self.taken = True
             return
-        path = self._workdir / LOCK
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-        try:
-            if fcntl:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            self._file.close()
-            raise UserError(
-                f"{self._workdir} is in use by {owner}: wait until it has ended, or give another --workdir"
-            ) from None
-        except OSError:
-            say(f"{self._workdir} is on a file system without locks: nothing keeps two processes from one run folder")
+            raise UserError(f"{self._workdir} cannot be made: {error.strerror or error}") from None
+        self._file = storage.lock(self._workdir / LOCK, remote.shown(self._workdir))
         self.taken = True
-        with contextlib.suppress(OSError):  # a full disk: others are refused without being told by whom
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            self._file.flush()
 
     def _release(self) -> None:
         if self._file is not None:
@@ -217,7 +195,7 @@ class Claim:
         if not hosts.first():
             return
         aside = storage.move_aside(self._workdir)
-        say(f"the run that was in {self._workdir} is now in {aside}")
+        say(f"the run that was in {remote.shown(self._workdir)} is now in {remote.shown(aside)}")
         self._release()  # the lock went with it
         (aside / LOCK).unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtl import config, hosts
+from jaxtl import config, hosts, remote
 from jaxtl.config import Experiment, Suite, Text
 from jaxtl.errors import UserError, suggest
 from jaxtl.evaluation import comparison_report, runs, terminal
@@ -98,7 +98,7 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
         terminal.show_result(done or loop.train(chosen, workdir, overwrite=overwrite), workdir, new=done is None)
         return
     if (workdir / run_folder.EXPERIMENT).exists():
-        raise UserError(f"--workdir={workdir} holds a single run; a suite needs a folder of its own")
+        raise UserError(f"--workdir={remote.shown(workdir)} holds a single run; a suite needs a folder of its own")
     chosen = Suite(tuple((name, anchored(member)) for name, member in chosen.members))
     members = resolve(chosen, workdir)
     done = {name: run_folder.finished(workdir / name, member, overwrite) for name, member, _ in members}
@@ -190,7 +190,7 @@ def resolve(suite: Suite, workdir: Path) -> list[tuple[str, Experiment, str | No
             if source not in (before for before, _, _ in members):
                 raise UserError(f"{name}: model.weights={member.model.weights}: no member {source!r} comes before it")
             # Absolute, so that the run can be used as weights from another folder too.
-            model = dataclasses.replace(member.model, weights=str((workdir / source).absolute()))
+            model = dataclasses.replace(member.model, weights=remote.shown((workdir / source).absolute()))
             member = dataclasses.replace(member, model=model)
         members.append((name, member, source))
     return members

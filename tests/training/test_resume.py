@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtl import config, interrupt
+from jaxtl import config, interrupt, storage
 from jaxtl.errors import UserError
 from jaxtl.training import checkpoint, freeze, loop, run, suite
 from jaxtl.training.network import load_run, run_params
@@ -515,7 +515,7 @@ def test_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsy
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(run.fcntl, "flock", flock)
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
     experiment = change(IMAGES, "checkpoint.every_steps=4", "plan.cache_disk_gb=0")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)

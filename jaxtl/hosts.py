@@ -104,13 +104,18 @@ def count() -> int:
     return jax.process_count()
 
 
-def first() -> bool:
-    """Whether this process is the one that writes and talks."""
+def index() -> int:
+    """Returns the number of this process, from 0."""
     if not joined():
-        return True
+        return 0
     import jax
 
-    return jax.process_index() == 0
+    return jax.process_index()
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and talks."""
+    return index() == 0
 
 
 def together(name: str) -> None:

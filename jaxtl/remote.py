@@ -140,12 +140,8 @@ class Mirror:
 
     def __init__(self, url: str):
         self.url = url
-        if hosts.first():
-            self.folder = _folder(url, "work")
-        else:
-            import jax
-
-            self.folder = _folder(url, f"process-{jax.process_index()}")
+        self._first = hosts.first()  # also when it has parted from the others
+        self.folder = _folder(url, "work" if self._first else f"process-{hosts.index()}")
         self._bucket, self._root = Bucket(url), self.folder.parent.parent
         self._token, self._failing, self._taken = secrets.token_hex(8), False, None
         self._pushing, self._stop = threading.Lock(), threading.Event()
@@ -153,12 +149,12 @@ class Mirror:
 
     def __enter__(self) -> "Mirror":
         with contextlib.ExitStack() as entered:
-            if hosts.first():
+            if self._first:
                 self._root.mkdir(parents=True, exist_ok=True)
                 entered.enter_context(storage.lock(self._root / "lock", self.url))
                 self._begin()
             self.share()
-            if hosts.first():
+            if self._first:
                 self._thread.start()
             _open.append(self)
             self._entered = entered.pop_all()
@@ -166,9 +162,9 @@ class Mirror:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         _open.remove(self)
-        if kind is None:
+        if kind is None or issubclass(kind, interrupt.Interrupted):
             hosts.leave()  # the others would wait for this one's last push
-        if not hosts.first():
+        if not self._first:
             return
         with self._entered:
             self._stop.set()
@@ -185,10 +181,10 @@ class Mirror:
 
     def share(self) -> None:
         """Has all processes see the folder of the first."""
-        if hosts.first():
+        if self._first:
             self._push()
         hosts.together("pushed")
-        if not hosts.first():
+        if not self._first:
             pull(self._bucket, self.folder)
         hosts.together("pulled")
 

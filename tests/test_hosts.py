@@ -229,16 +229,6 @@ def test_one_process_of_one_runs():
     assert "quickstart" in ended.stdout
 
 
-def test_run_folder_on_object_storage_is_refused_before_anything_is_written(tmp_path, monkeypatch, command):
-    from jaxtl import main
-
-    monkeypatch.chdir(tmp_path)
-    status, _, told = command(main, "--experiment=quickstart", "--workdir=gs://bucket/run")
-    assert status == 2
-    assert "--workdir=gs://bucket/run: run folders on object storage are not supported yet" in told
-    assert not list(tmp_path.iterdir())
-
-
 def test_one_process_alone_is_known_without_taking_the_accelerator(monkeypatch):
     """Which a second command would wait for, or fail on, before it hears that the run folder is in use."""
 

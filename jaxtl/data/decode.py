@@ -1,5 +1,6 @@
 """From listed examples to pixels: decoded once, into one uint8 array per split."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -11,7 +12,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxtl import storage
+from jaxtl import hosts, storage
 from jaxtl.data.listing import Listing, Track
 from jaxtl.errors import UserError
 
@@ -30,6 +31,7 @@ def decode(
     resize: str,
     show_progress: Track,
     shape: tuple[int, int] | None = None,
+    owners: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Returns the pixels of each listing, `[n, height, width, 3]` uint8; see `sources.load`.
 
@@ -37,16 +39,21 @@ def decode(
         listings: what to decode.
         image_size, resize, show_progress: see `sources.load`.
         shape: height and width that all images get; None: `sources.load` says which.
+        owners: the process that decodes each image of each listing; None: all of them here.
     """
+    own = list(listings)
+    if owners:
+        own = [listing.take(np.flatnonzero(of == hosts.index())) for listing, of in zip(listings, owners, strict=True)]
     if shape:
-        return _decode_as(None, listings, shape, resize, show_progress)
+        return _decode_as(None, own, shape, resize, show_progress)
     native = _first_size(listings[0])
     if native and max(native) <= image_size:
-        try:
-            return _decode_as(native, listings, _shape(native, resize), resize, show_progress)
-        except _SizesDiffer:
-            pass
-    return _decode_as(None, listings, (image_size, image_size), resize, show_progress)
+        found = None
+        with contextlib.suppress(_SizesDiffer):
+            found = _decode_as(native, own, _shape(native, resize), resize, show_progress)
+        if hosts.all_say([found is not None]) == [True]:
+            return found
+    return _decode_as(None, own, (image_size, image_size), resize, show_progress)
 
 
 def fit(image: Image.Image, shape: tuple[int, int], resize: str) -> np.ndarray:

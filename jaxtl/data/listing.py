@@ -48,9 +48,11 @@ class Examples:
         class_names: names of the classes; the same for all splits.
         ids: a name for each example: the file's path relative to the folder, `split:index`, or `file:record`.
         texts: the texts themselves; empty for images.
-        token_counts: `[n]`, of texts of which `inputs` holds a vector each: they are batched as they were before, so
-            that the same examples come together.
+        token_counts: `[n]`, of texts of which `inputs` holds activations: they are batched as they were before, so that
+            the same examples come together.
         views: of each example, in `inputs`; an epoch goes over one of them.
+        owners: `[n]` int32, the shard whose `inputs` hold each example, see `jaxtl.data.loader.owners`: those of the
+            others are not among them, and `n` is the number of its own there. None: all hold all.
     """
 
     inputs: np.ndarray | Ragged
@@ -60,6 +62,7 @@ class Examples:
     texts: tuple[str, ...] = ()
     token_counts: np.ndarray | None = None
     views: int = 1
+    owners: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

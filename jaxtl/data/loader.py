@@ -8,6 +8,7 @@ import functools
 from collections import abc
 
 import grain
+import jax
 import numpy as np
 
 from jaxtl.data import buckets
@@ -22,6 +23,33 @@ _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """Returns the number of batches in an epoch of `n` examples, the padded one among them."""
     return -(-n // batch_size)
+
+
+def owners(lengths: np.ndarray | None, count: int, batch_size: int, shards: int) -> np.ndarray:
+    """Returns which of several shards holds each example: the one that has it when all are gone through in order.
+
+    Args:
+        lengths: of texts; None of images.
+        count: number of examples.
+        batch_size: rows of a batch over all shards, by which all are gone through.
+        shards: their number.
+
+    Returns:
+        `[count]` int32.
+    """
+    order = np.arange(count) if lengths is None else np.argsort(lengths, kind="stable")  # as `buckets.group`
+    found = np.empty(count, np.int32)
+    found[order] = np.arange(count) % batch_size // (batch_size // shards)
+    return found
+
+
+def places(owners: np.ndarray) -> np.ndarray:
+    """Returns `[n]` int64: the place of each example among those of its shard, which are in order."""
+    found = np.empty(len(owners), np.int64)
+    order = np.argsort(owners, kind="stable")
+    sizes = np.bincount(owners)
+    found[order] = np.arange(len(owners)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return found
 
 
 def batches(
@@ -44,7 +72,10 @@ def batches(
         `label`: `[rows]` int32,
         `weight`: `[rows]` float32, 1, and 0 for the rows that fill up the one batch of an epoch that is short,
         `index`: `[rows]` int32, the row of `dataset`, and -1 where the weight is 0,
-        `rows`: `[batch_size]` int32, the same for the rows of all shards.
+        `rows`: `[batch_size]` int32, the same for the rows of all shards,
+        `source`: only where the data set has `owners`. `input` then has those examples of the whole batch that this
+            shard holds, filled up to as many rows as every other shard's; `[rows]` int32 says where the shard's rows
+            are when the inputs of all shards are put one after the other.
     A row of weight 0 repeats the first one of its batch, so that nothing computed from it is out of range.
 
     The rows of a batch are drawn before they are divided among the shards: shard `i` of `count` gets the i-th of
@@ -72,15 +103,23 @@ def batches(
             f"a batch of {batch_size} cannot be divided among {count} processes; set train.batch_size and "
             f"train.eval_batch_size to multiples of {count}"
         )
-    part = slice(index * batch_size // count, (index + 1) * batch_size // count)
+    share = batch_size // count
+    part = slice(index * share, (index + 1) * share)
+    held = None if dataset.owners is None else _Held(dataset, index, count)
 
     def gather(batch: tuple[np.ndarray, int, int]) -> dict[str, np.ndarray | Sequence]:
         examples, length, view = batch
         whole = np.concatenate([examples, np.full(batch_size - len(examples), -1, np.int32)])
         padded = whole[part]
         rows = np.where(padded >= 0, padded, examples[0])
+        if held is None:
+            found = {"input": _inputs(dataset.inputs, view * len(dataset.labels) + rows, length)}
+        else:
+            inputs, source = held.gather(examples, length, view, share)
+            found = {"input": inputs, "source": np.resize(source, batch_size)[part]}
+            found["source"][padded < 0] = source[0]
         return {
-            "input": _inputs(dataset, view * len(dataset.labels) + rows, length),
+            **found,
             "label": dataset.labels[rows],
             "weight": (padded >= 0).astype(np.float32),
             "index": padded,
@@ -91,11 +130,35 @@ def batches(
     return iter(grain.MapDataset.source(source).map(gather).to_iter_dataset(_READ))
 
 
-def _inputs(dataset: Examples, rows: np.ndarray, length: int) -> np.ndarray | Sequence:
-    if isinstance(dataset.inputs, Ragged):
-        found = dataset.inputs.lengths[rows].astype(np.int32)
-        return Sequence(dataset.inputs.padded(rows, length), found)
-    return np.asarray(dataset.inputs[rows])
+def _inputs(inputs: np.ndarray | Ragged, rows: np.ndarray, length: int) -> np.ndarray | Sequence:
+    if isinstance(inputs, Ragged):
+        return Sequence(inputs.padded(rows, length), inputs.lengths[rows].astype(np.int32))
+    return np.asarray(inputs[rows])
+
+
+class _Held:
+    """The examples that one of several shards holds."""
+
+    def __init__(self, dataset: Examples, index: int, count: int):
+        self._inputs, self._owners = dataset.inputs, dataset.owners
+        self._index, self._count = index, count
+        self._size = np.count_nonzero(dataset.owners == index)  # of a view
+        self._places = places(dataset.owners)
+
+    def gather(self, rows: np.ndarray, length: int, view: int, share: int) -> tuple[np.ndarray | Sequence, np.ndarray]:
+        """Returns this shard's inputs for a batch, filled up, and where each of `rows` is among all shards'.
+
+        Filled up to a multiple of `share`, so that there are few shapes of them.
+        """
+        holders = self._owners[rows]
+        counts = np.bincount(holders, minlength=self._count)
+        room = -(-counts.max() // share) * share
+        found = _inputs(self._inputs, view * self._size + self._places[rows[holders == self._index]], length)
+
+        def fill_up(x: np.ndarray) -> np.ndarray:
+            return np.concatenate([x, np.zeros((room - len(x), *x.shape[1:]), x.dtype)])
+
+        return jax.tree.map(fill_up, found), (holders * room + places(holders)).astype(np.int32)
 
 
 class _Batches:
@@ -103,7 +166,9 @@ class _Batches:
 
     def __init__(self, dataset: Examples, batch_size: int, seed: int | None, epochs: int, lengths: abc.Sequence[int]):
         count = len(dataset.labels)
-        own, shapes = dataset.inputs.lengths if isinstance(dataset.inputs, Ragged) else dataset.token_counts, lengths
+        own, shapes = dataset.token_counts, lengths
+        if own is None and isinstance(dataset.inputs, Ragged):
+            own = dataset.inputs.lengths
         if own is None:
             own, shapes = np.zeros(count, np.int64), (0,)
         self._steps = steps_per_epoch(count, batch_size)

@@ -48,12 +48,19 @@ def read(
     image_size: int,
     show_progress: Track = no_progress,
     shape: tuple[int, int] | None = None,
+    owners: Sequence[np.ndarray] | None = None,
 ) -> list[Examples]:
-    """Returns the images that `listings` drew; see `load`. `shape`: height and width that all of them get instead."""
-    pixels = decode(drawn, image_size, resize, show_progress, shape)
+    """Returns the images that `listings` drew; see `load`.
+
+    Args:
+        drawn, resize, image_size, show_progress: see `load`.
+        shape: height and width that all of them get; None: as `load` says.
+        owners: of several processes, for each listing, see `Examples`: every process decodes its own images.
+    """
+    pixels = decode(drawn, image_size, resize, show_progress, shape, owners)
     return [
-        Examples(images, listing.labels, listing.class_names, tuple(listing.ids))
-        for images, listing in zip(pixels, drawn, strict=True)
+        Examples(images, listing.labels, listing.class_names, tuple(listing.ids), owners=own)
+        for images, listing, own in zip(pixels, drawn, owners or [None] * len(drawn), strict=True)
     ]
 
 

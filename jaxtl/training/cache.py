@@ -1,4 +1,7 @@
-"""Activations at the freeze boundary, computed once: by this run, or by an earlier one that left them in files."""
+"""Activations at the freeze boundary, computed once: by this run, or by an earlier one that left them in files.
+
+Of several processes each keeps those that it computes: its rows of the batches by which all examples are gone through.
+"""
 
 import contextlib
 import dataclasses
@@ -43,7 +46,7 @@ class Activations:
         splits: each input replaced by its activations; those of sequences without padding.
         prepare: for batches of them, see `step.train_step`, from the stage after the boundary on.
         origin: whether this run computed any of them, or found all in files.
-        bytes: space that they take.
+        bytes: space that they take here.
         seconds_compile: that compiling the prefix took.
     """
 
@@ -62,7 +65,10 @@ class _Split:
         name: for the person watching.
         examples: the raw ones.
         views: augmented views of each; 0: as they are.
-        offsets: `[max(views, 1) * n + 1]`; the activations of example i are `array[offsets[i] : offsets[i + 1]]`.
+        owners: the process that keeps each example's; None: this one, alone.
+        places: `[n]`, of each example among those of its process.
+        offsets: `[max(views, 1) * own + 1]`; the activations of this process's example i are
+            `array[offsets[i] : offsets[i + 1]]`.
         shape: of the array.
         origins: what they depend on, see `origins`.
     """
@@ -70,6 +76,8 @@ class _Split:
     name: str
     examples: Examples
     views: int
+    owners: np.ndarray | None
+    places: np.ndarray
     offsets: np.ndarray
     shape: tuple[int, ...]
     origins: Mapping[str, Any]
@@ -99,8 +107,8 @@ def run_prefix(
     """
     settings, boundary = this.experiment.plan, this.plan.boundary
     folder = Path(settings.cache_dir).expanduser() if settings.cache_dir else storage.cache_folder() / "activations"
-    if not hosts.first():  # every process keeps its own: some have a disk of their own, and others share one
-        folder = folder / f"process-{jax.process_index()}"
+    if not hosts.first():  # some processes have a disk of their own, and others share one
+        folder = folder / f"process-{hosts.index()}"
     store = Store(folder, settings.cache_disk_gb * 1e9)
     row = plan.kept(this.activations, settings.cache_dtype)
     wanted = _wanted(this, frozen, splits, row)
@@ -143,13 +151,15 @@ class _NoRoom(Exception):
 def _compute(missing: list[_Split], dtype: np.dtype, run: Callable, store: Store, this: Setup) -> list[np.ndarray]:
     """Returns the activations of these splits, in memory or memory-mapped as planned, having put them in the store."""
     with contextlib.ExitStack() as stack:
-        reserved = []
+        reserved, against = [], None
         if this.plan.mapped:
             try:  # for all splits before anything is computed
                 for split in missing:
                     reserved.append(stack.enter_context(store.create(split.key, split.shape, dtype, split.origins)))
             except OSError as error:
-                raise _NoRoom(error.strerror or error) from None
+                against = error.strerror or error
+        if hosts.all_say([against is None]) == [False]:
+            raise _NoRoom(against or "another process has no room")
         names = ", ".join(split.name for split in missing)
         size = sum(math.prod(split.shape) for split in missing) * dtype.itemsize / 1e9
         where = f"a memory-mapped file in {store.folder}" if reserved else "memory"
@@ -178,14 +188,22 @@ def _wanted(this: Setup, frozen: stages.Params, splits: list[Examples], row: jax
     prefix_params = {path: value for path, value in frozen.items() if path.partition("/")[0] in prefix}
     weights = checkpoint.digest(prefix_params, this.layout.read)
     found = []
+    index, processes = this.layout.shard
     for number, (examples, name) in enumerate(zip(splits, _SPLITS, strict=False)):
-        views = 0 if number else this.plan.views
-        if isinstance(this.activations, stages.Sequence):  # every token of a text, and not one vector for it
-            offsets = examples.inputs.offsets
-        else:
-            offsets = np.arange(max(views, 1) * len(examples.labels) + 1)
+        views, count = 0 if number else this.plan.views, len(examples.labels)
+        lengths = examples.inputs.lengths if isinstance(examples.inputs, Ragged) else None
         made_of = origins(this, weights, examples, views, row.dtype)
-        found.append(_Split(name, examples, views, offsets, (int(offsets[-1]), *row.shape), made_of))
+        owners, places, own = None, np.arange(count), slice(None)
+        if processes > 1:
+            owners = loader.owners(lengths, count, this.experiment.train.eval_batch_size, processes)
+            places, own = loader.places(owners), owners == index
+            made_of["process"] = [index, processes]
+        if isinstance(this.activations, stages.Sequence):  # every token of a text, and not one vector for it
+            offsets = np.concatenate([[0], np.cumsum(lengths[own])])
+        else:
+            offsets = np.arange(max(views, 1) * len(places[own]) + 1)
+        shape = (int(offsets[-1]), *row.shape)
+        found.append(_Split(name, examples, views, owners, places, offsets, shape, made_of))
     return found
 
 
@@ -284,6 +302,7 @@ def _fill(array: np.ndarray, split: _Split, run: Callable, this: Setup) -> None:
     """Computes the activations of a split into `array`."""
     batch_size, count = this.experiment.train.eval_batch_size, len(split.examples.labels)
     passes, steps = max(split.views, 1), loader.steps_per_epoch(count, batch_size)
+    own = (len(split.offsets) - 1) // passes  # examples of this process
     batches = loader.batches(
         split.examples, batch_size, seed=None, epochs=passes, lengths=this.lengths, shard=this.layout.shard
     )
@@ -294,11 +313,11 @@ def _fill(array: np.ndarray, split: _Split, run: Callable, this: Setup) -> None:
             view, place = divmod(number, steps)
             key = jax.random.fold_in(jax.random.fold_in(views_key, view), place)
             keys = (this.layout.put_key(key),) if split.views else ()
-            rows = np.where(batch["rows"] >= 0, view * count + batch["rows"], -1)
-            yield rows, run(this.layout.put_batch(batch), keys)
+            rows = batch["index"]  # this process's
+            yield np.where(rows >= 0, view * own + split.places[rows], -1), run(this.layout.put_batch(batch), keys)
 
     for rows, found in behind(outputs(), 1):
-        values = jax.device_get(stages.values(found))
+        values = this.layout.own_rows(stages.values(found))
         if isinstance(found, stages.Sequence):
             for value, row in zip(values, rows, strict=True):
                 if row >= 0:
@@ -310,10 +329,13 @@ def _fill(array: np.ndarray, split: _Split, run: Callable, this: Setup) -> None:
 
 def _with_inputs(split: _Split, array: np.ndarray, activations: Any) -> Examples:
     examples = split.examples
-    if isinstance(activations, stages.Sequence):
-        return dataclasses.replace(examples, inputs=Ragged(array, split.offsets))
-    counts = examples.inputs.lengths if isinstance(examples.inputs, Ragged) else None
-    return dataclasses.replace(examples, inputs=array, token_counts=counts, views=max(split.views, 1))
+    return dataclasses.replace(
+        examples,
+        inputs=Ragged(array, split.offsets) if isinstance(activations, stages.Sequence) else array,
+        token_counts=examples.inputs.lengths if isinstance(examples.inputs, Ragged) else None,
+        views=max(split.views, 1),
+        owners=split.owners,
+    )
 
 
 def _preparation(kept: np.dtype, computed: np.dtype) -> step.Prepare:

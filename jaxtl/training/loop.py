@@ -138,7 +138,11 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     params, frozen = freeze.partition(params, this.labels)
     splits, image_shape = drawn, None
     if isinstance(experiment.data, Images):  # after all that can be wrong with the rest: decoding may take minutes
-        splits = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track)
+        owners = None
+        if layout.processes > 1:
+            sizes = [len(listing.labels) for listing in drawn]
+            owners = [loader.owners(None, size, settings.eval_batch_size, layout.processes) for size in sizes]
+        splits = sources.read(drawn, experiment.data.resize, experiment.model.image_size, track, owners=owners)
         image_shape = splits[0].inputs.shape[1:3]
     origins = {"frozen": checkpoint.digest(frozen, layout.read), "examples": _digest(splits)}
     if saved:

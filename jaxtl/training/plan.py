@@ -25,7 +25,7 @@ class Plan:
         boundary: the last stage of the frozen prefix; None where the first stage learns.
         cached: whether the activations after the boundary are computed once and kept.
         reason: why and where, or why not.
-        cache_bytes: space that they take, or would take.
+        cache_bytes: space that they take, or would take; of several processes, in each.
         mapped: whether they are read from memory-mapped files, being too large for memory.
         views: augmented views kept of each training image; 0: images as they are.
     """
@@ -94,7 +94,7 @@ def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes:
         experiment: what is asked for.
         boundary: the last stage of the frozen prefix.
         cache_bytes: space that the activations after the boundary take, of all examples of all splits, and all
-            `views` of the training images.
+            `views` of the training images; of several processes, a process's share.
         passes: over the training examples, in the whole run.
 
     Raises:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from jaxtl import hosts
 from jaxtl.config import RANDOM, Experiment, Images, Text
 from jaxtl.data import buckets, loader, sources, tokens
 from jaxtl.data.listing import Track, no_progress
@@ -116,6 +117,7 @@ def describe(
         most = examples * getattr(experiment.data, "max_length", 0)
         tokens_kept = most if token_count is None else token_count
         cache_bytes = plan.cache_bytes(activations, examples, tokens_kept, experiment.plan.cache_dtype)
+        cache_bytes = -(-cache_bytes // hosts.count())
     width = getattr(net.config, "width", None)  # a convolutional network has no single one
     optimizer = optim.optimizer(experiment.optim, freeze.trained(labels), steps, width)
     decided = plan.make(experiment, boundary, cache_bytes, passes)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -46,7 +47,8 @@ class Layout:
     def put_batch(self, batch: Mapping[str, Any], asked: int = 0) -> dict[str, Any]:
         """Returns a batch on its devices; of each process its own rows, see `jaxtl.data.loader.batches`.
 
-        Of several processes, `asked` travels with it: 1, this one would stop; 2, save; 3, both.
+        Of several processes, `asked` travels with it: 1, this one would stop; 2, save; 3, both. What other processes
+        hold of this one's rows is fetched from them.
         """
         own = {name: value for name, value in batch.items() if name != "rows"}
         if self.mesh is None:
@@ -54,7 +56,10 @@ class Layout:
         if self.processes > 1:
             own["asked"] = np.full(len(own["label"]), asked, np.int32)
         by_row = self.by_row
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row, x), own)
+        placed = jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row, x), own)
+        if "source" in placed:
+            placed["input"] = _rows(self.mesh)(placed["input"], placed.pop("source"))
+        return placed
 
     def put_key(self, key: jax.Array) -> jax.Array:
         """Returns a random key on all devices."""
@@ -68,6 +73,13 @@ class Layout:
     def read(self, x: Any) -> np.ndarray:
         """Returns an array whole, in every process; on a CPU it may be the device's own memory."""
         return np.asarray(x if self.processes == 1 else _whole(self.mesh)(x))
+
+    def own_rows(self, x: jax.Array) -> np.ndarray:
+        """Returns those rows of an array that are on this process's devices, in order; `x` lies as a batch does."""
+        if self.processes == 1:
+            return np.asarray(x)
+        parts = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return np.concatenate([np.asarray(shard.data) for shard in parts])
 
     def host(self, state: Any) -> Any:
         """Returns whole copies of arrays, in every process."""
@@ -98,6 +110,10 @@ class Layout:
             return params
         return jax.lax.with_sharding_constraint(params, NamedSharding(self.mesh, PartitionSpec()))
 
+    def by_rows(self, rows: Any) -> Any:
+        """Inside a compiled function: has every device have its part of the rows of something, as of a batch."""
+        return rows if self.mesh is None else jax.lax.with_sharding_constraint(rows, self.by_row)
+
     def _divided(self, state: Any) -> Any:
         parts = self.mesh.shape[FSDP]
         return jax.tree.map(lambda x: NamedSharding(self.mesh, spec(x.shape, parts)), state)
@@ -107,6 +123,16 @@ class Layout:
 def _whole(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """Returns what gathers an array on every device; one function, so that each shape is compiled once."""
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+@functools.cache
+def _rows(mesh: Mesh) -> Callable[[Any, jax.Array], Any]:
+    """Returns what picks rows, wherever they lie, of all arrays of a tree."""
+
+    def pick(tree: Any, rows: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), tree)  # none is out of range
+
+    return jax.jit(pick, out_shardings=NamedSharding(mesh, PartitionSpec((DATA, FSDP))))
 
 
 def spec(shape: tuple[int, ...], parts: int) -> PartitionSpec:

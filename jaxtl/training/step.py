@@ -150,12 +150,14 @@ def forward(
     """Returns `step(trainable, frozen, batch, key=None) -> output of stage stop`, jitted.
 
     Nothing is random but the preparation, and that only with a key. Of the batch, `input` is enough. Without `stop` the
-    output is the logits: float32 [batch, classes], or [batch, 1]. Every device has all of the output.
+    output is the logits: float32 [batch, classes], or [batch, 1], and every device has all of them; of another output
+    every device has its rows.
     """
+    place = layout.by_rows if stop else layout.gathered
 
     def step(trainable: stages.Params, frozen: stages.Params, raw: Batch, key: jax.Array | None = None) -> Any:
         model = stages.bind(structure, layout.gathered({**frozen, **trainable}))
-        return layout.gathered(model(prepare(raw, key)["input"], start=start, stop=stop))
+        return place(model(prepare(raw, key)["input"], start=start, stop=stop))
 
     return jax.jit(_exact(step))
 

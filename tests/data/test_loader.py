@@ -1,7 +1,9 @@
 """The order of the examples: each once an epoch, fixed by the seed, resumable, the same for any number of shards."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -208,3 +210,67 @@ def test_saved_state_continues_with_the_right_view(taken):
     assert len(rest) == 15 - taken
     for number, batch in enumerate(rest, taken):
         assert (batch["input"][:, 0] // 10 == number // 3 % 2).all()
+
+
+def shared_out(dataset: Examples, batch_size: int, shards: int) -> list[Examples]:
+    """Returns the data set as each of several shards holds it."""
+    lengths = dataset.inputs.lengths if isinstance(dataset.inputs, Ragged) else None
+    owners = loader.owners(lengths, len(dataset.labels), batch_size, shards)
+    parts = []
+    for shard in range(shards):
+        own = np.flatnonzero(owners == shard)
+        if lengths is None:
+            rows = (np.arange(dataset.views)[:, None] * len(owners) + own).reshape(-1)
+            parts.append(dataclasses.replace(dataset, inputs=dataset.inputs[rows], owners=owners))
+            continue
+        pieces = [dataset.inputs.values[slice(*dataset.inputs.offsets[row : row + 2])] for row in own]
+        values = np.concatenate([dataset.inputs.values[:0], *pieces])
+        inputs = Ragged(values, np.concatenate([[0], np.cumsum(lengths[own])]))
+        parts.append(dataclasses.replace(dataset, inputs=inputs, token_counts=lengths, owners=owners))
+    return parts
+
+
+def put_together(batches: list[dict]) -> dict:
+    """Returns the whole batch of those of all shards, as their devices make it of what the shards hold."""
+    whole = {
+        name: np.concatenate([batch[name] for batch in batches]) for name in ("label", "weight", "index", "source")
+    }
+    held = jax.tree.map(lambda *parts: np.concatenate(parts), *(batch["input"] for batch in batches))
+    return {**whole, "input": jax.tree.map(lambda x: x[whole["source"]], held)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["images", "views", "texts"]),
+    lengths=st.lists(st.integers(1, 16), min_size=1, max_size=40),
+    rows=st.integers(1, 6),
+    eval_rows=st.integers(1, 6),
+    shards=st.integers(2, 4),
+    seed=st.none() | st.integers(0, 2**40),
+)
+def test_shards_that_hold_their_own_examples_make_the_same_batches(kind, lengths, rows, eval_rows, shards, seed):
+    whole = {"images": lambda: examples(len(lengths)), "views": lambda: views(len(lengths), 3)}
+    dataset = whole.get(kind, lambda: texts(lengths))()
+    settings = {"seed": seed, "epochs": 2, "lengths": (8, 16) if kind == "texts" else ()}
+    parts = shared_out(dataset, eval_rows * shards, shards)
+    assert sum(len(part.inputs.offsets) - 1 if kind == "texts" else len(part.inputs) for part in parts) == (
+        len(lengths) * dataset.views
+    )
+    streams = [
+        loader.batches(part, rows * shards, shard=(index, shards), **settings) for index, part in enumerate(parts)
+    ]
+    for expected, *batches in zip(loader.batches(dataset, rows * shards, **settings), *streams, strict=True):
+        assert {len(batch["source"]) for batch in batches} == {rows}
+        assert len({jax.tree.leaves(batch["input"])[0].shape for batch in batches}) == 1
+        found = put_together(batches)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found["input"], expected["input"]))
+        for name in ("label", "weight", "index"):
+            assert np.array_equal(found[name], expected[name])
+
+
+@given(count=st.integers(1, 200), rows=st.integers(1, 8), shards=st.integers(1, 5))
+def test_shards_hold_as_many_examples_as_each_other_up_to_a_batch(count, rows, shards):
+    owners = loader.owners(None, count, rows * shards, shards)
+    sizes = np.bincount(owners, minlength=shards)
+    assert sizes.sum() == count
+    assert sizes.max() - sizes.min() <= rows

@@ -115,10 +115,21 @@ def test_files_of_a_run_are_written_once(two):
     assert len(result["seconds_train_by_process"]) == 2
 
 
+def kept_by(cache, process):
+    """The bytes of activations that one of several processes has kept, or (None) that a process alone has."""
+    found = 0
+    for description in cache.rglob("array.json"):
+        of = json.loads(description.read_text())["holds"].get("process")
+        if (of and of[0]) == process:
+            found += description.with_name("array.bin").stat().st_size
+    return found
+
+
 VARIANTS = {  # images of IMAGES, or texts; changes; processes, devices of each
-    "cached": ("images", [], (4, 1)),
+    "cached": ("images", ["plan.cache_budget_gb=0"], (4, 1)),  # in memory-mapped files
     "divided": ("images", ["freeze=train_all()", "parallel.fsdp=2"], (2, 2)),
     "texts": ("texts", ["freeze=train_all()"], (2, 1)),
+    "cached texts": ("texts", ["freeze=train_head_only()"], (2, 1)),
 }
 
 
@@ -141,6 +152,10 @@ def test_processes_give_the_run_of_one(name, tmp_path, monkeypatch, bert_folder,
     statuses, outputs = run(experiment, workdir, processes, devices=devices)
     assert statuses == [0] * processes, outputs
     assert_same(workdir, tmp_path / "one", exactly=False)
+    if name.startswith("cached"):  # each process keeps its share
+        alone, *shares = (kept_by(tmp_path / "cache", process) for process in (None, *range(processes)))
+        assert sum(shares) == alone > 0
+        assert max(shares) < 1.5 * min(shares)
     one, found = (np.load(folder / "predictions.npz") for folder in (tmp_path / "one", workdir))
     assert found["ids"].tolist() == one["ids"].tolist()
     np.testing.assert_allclose(found["logits"], one["logits"], rtol=0, atol=1e-3)

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -400,7 +401,7 @@ RUN += "faults.main(sys.argv[2], sys.argv[3:])"
 
 def command_line(tmp_path, machine, settings, moment="SIGKILL@", *flags):
     """The arguments of `subprocess.run` and `Popen`: all machines share the compiled programs."""
-    caches = {"JAXTL_CACHE": str(tmp_path / machine), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    caches = {"JAXTL_CACHE": str(tmp_path / machine), "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     arguments = [sys.executable, "-c", RUN, Path(__file__).parent, moment, settings, f"--workdir={URL}", *flags]
     return {"args": arguments, "env": {**os.environ, **caches}, "text": True}
 

@@ -51,7 +51,9 @@ def decode(
         found = None
         with contextlib.suppress(_SizesDiffer):
             found = _decode_as(native, own, _shape(native, resize), resize, show_progress)
-        if hosts.all_say([found is not None]) == [True]:
+        # Where each process decodes its own, all agree; where the first one alone wants some images, it is not to wait.
+        (everywhere,) = hosts.all_say([found is not None]) if owners else [found is not None]
+        if everywhere:
             return found
     return _decode_as(None, own, (image_size, image_size), resize, show_progress)
 

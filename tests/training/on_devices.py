@@ -1,8 +1,8 @@
 """Trains experiments on virtual devices, as many as the process begins with: `python on_devices.py JOBS.json`.
 
-JOBS.json holds [[path of experiment.json, run folder], ..]. Beside a run folder, in FOLDER.programs, is the text of all
-programs that were compiled for it, and in FOLDER.sizes.json the elements of every array of the training state: of all
-of it, and of the part on one device.
+JOBS.json holds [elements from which on a parameter is divided, [[path of experiment.json, run folder], ..]]. Beside a
+run folder, in FOLDER.programs, is the text of all programs that were compiled for it, and in FOLDER.sizes.json the
+elements of every array of the training state: of all of it, and of the part on one device.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from jaxtl import config
-from jaxtl.training import loop
+from jaxtl.training import loop, sharding
 
 
 def main(jobs: Path) -> None:
@@ -31,7 +31,8 @@ def main(jobs: Path) -> None:
         return ready
 
     jax.stages.Lowered.compile, loop._prepare = compile_and_note, prepare_and_note
-    for experiment, folder in json.loads(jobs.read_text()):
+    sharding.DIVIDED_FROM, experiments = json.loads(jobs.read_text())
+    for experiment, folder in experiments:
         programs.clear()
         loop.train(config.from_json(Path(experiment).read_text(), experiment), Path(folder))
         Path(f"{folder}.programs").write_text("\n".join(programs))

@@ -123,7 +123,9 @@ class Bucket:
         """Returns the names of objects and of folders."""
         try:
             with self._told():
-                return {PurePosixPath(path).name for path in self._files.ls(self._path, detail=False)}
+                found = self._files.ls(self._path, detail=False)
+                # Without the empty object that the Cloud Console makes of a folder.
+                return {PurePosixPath(path).name for path in found if path.rstrip("/") != self._path}
         except FileNotFoundError:
             return set()
 
@@ -228,7 +230,7 @@ def pull(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda pa
         files = listed(text, bucket.url)
         folder.mkdir(parents=True, exist_ok=True)
         for path in _walk(folder, all_files=True).keys() - files.keys():
-            (folder / path).unlink()
+            (folder / path).unlink(missing_ok=True)
         for path, _, _ in os.walk(folder, topdown=False):
             with contextlib.suppress(OSError):  # it holds something
                 if path != str(folder):

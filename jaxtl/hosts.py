@@ -1,8 +1,8 @@
 """Several processes that train together, on one machine or on many: how they find each other, agree, and take turns.
 
 All run the same program on their own part of every batch. Files are written by the first alone; every process reads
-the run folder, which must be the same for all. What one of them notices (a signal, the clock) travels to the others
-with the next step, so that all stop, or save, after the same one.
+the run folder, which must be the same for all, or a copy (`jaxtl.remote`). What one of them notices (a signal, the
+clock) travels to the others with the next step, so that all stop, or save, after the same one.
 """
 
 import os

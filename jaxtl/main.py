@@ -110,7 +110,7 @@ def run(argv: list[str]) -> None:
     if _MODE.value == "eval":
         if _EXPLAIN.value != "false" or _OVERWRITE.value or _SUITE.value or _SEEDS.value > 1:
             raise UserError("--mode=eval is for one finished run: without --explain, --overwrite, --suite and --seeds")
-        with remote.mirrored(workdir) as folder:
+        with remote.mirrored(workdir, check=None) as folder:
             found, split, path = revisit.evaluate(folder, assignments)
             terminal.show_metrics(found, split)
             print(remote.shown(path))
@@ -129,7 +129,7 @@ def run(argv: list[str]) -> None:
         if _SEEDS.value > 1 and _EXPLAIN.value != "json":
             terminal.line(f"\nwith --seeds={_SEEDS.value}: {', '.join(name for name, _ in repeated.members)}")
         return
-    with remote.mirrored(workdir) as folder:
+    with remote.mirrored(workdir, lambda copy: suite.check(repeated, copy, overwrite=_OVERWRITE.value)) as folder:
         suite.run(repeated, folder, overwrite=_OVERWRITE.value)
 
 

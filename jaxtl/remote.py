@@ -20,7 +20,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,6 +35,10 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+?)/*")
 
 _copies: dict[Path, str] = {}  # local folder -> the URL whose copy it is
 _open: "list[Mirror]" = []
+
+
+def _no_objection(copy: Path) -> None:
+    """The `check` of `mirrored` that goes on with whatever is there."""
 
 
 def url(path: str | os.PathLike) -> str | None:
@@ -83,8 +87,10 @@ def local(path: str | os.PathLike, *, without: Collection[str] = ()) -> Path:
     def wanted(path: str) -> bool:
         return path.startswith(prefix) and not set(PurePosixPath(path).parts) & set(without)
 
-    if not pull(Bucket(whole), folder, wanted):
-        raise UserError(f"there is no run at {name}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with storage.turn(folder.parent / "lock"):
+        if not pull(Bucket(whole), folder, wanted):
+            raise UserError(f"there is no run at {name}")
     return folder / inner
 
 
@@ -103,13 +109,19 @@ def found(path: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def mirrored(workdir: str) -> Iterator[Path]:
-    """Yields the folder in which a run works: of a URL a local one, which is that of the `Mirror`; else the path."""
+def mirrored(workdir: str, check: Callable[[Path], None] | None = _no_objection) -> Iterator[Path]:
+    """Yields the folder in which a run works: of a URL a local one, which is that of the `Mirror`; else the path.
+
+    Args:
+        workdir: URL or path.
+        check: raises UserError where what is in a copy of the folder is not to be gone on with: before another process
+            that works on the URL is told to stop. None: it is not told to, and there must be a run.
+    """
     if not _URL.fullmatch(workdir):
         yield Path(workdir)
         return
     whole, inner = _whole(url(workdir))
-    with Mirror(whole) as mirror:
+    with Mirror(whole, check and (lambda copy: check(copy / inner))) as mirror:
         yield mirror.folder / inner
 
 
@@ -138,8 +150,10 @@ class Mirror:
         folder: the local one. Of several processes each has its own, and the first pushes.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, check: Callable[[Path], None] | None = _no_objection):
+        """`check` is given a copy of what another process works on before that is told to stop; None: it never is."""
         self.url = url
+        self._objects = check
         self._first = hosts.first()  # also when it has parted from the others
         self.folder = _folder(url, "work" if self._first else f"process-{hosts.index()}")
         self._bucket, self._root = Bucket(url), self.folder.parent.parent
@@ -149,9 +163,11 @@ class Mirror:
 
     def __enter__(self) -> "Mirror":
         with contextlib.ExitStack() as entered:
+            hosts.together("met")  # before one of them takes its time: at the first meeting the others wait a minute
             if self._first:
                 self._root.mkdir(parents=True, exist_ok=True)
                 entered.enter_context(storage.lock(self._root / "lock", self.url))
+                shutil.rmtree(self._root / "doomed", ignore_errors=True)
                 self._begin()
             self.share()
             if self._first:
@@ -162,22 +178,27 @@ class Mirror:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         _open.remove(self)
-        if kind is None or issubclass(kind, interrupt.Interrupted):
-            hosts.leave()  # the others would wait for this one's last push
-        if not self._first:
-            return
-        with self._entered:
+        try:
+            if self._first:
+                self._close(error)
+        finally:
+            if kind is None or issubclass(kind, interrupt.Interrupted):
+                # Launchers end what is left when a process has ended, and with it the push.
+                hosts.together("pushed at the end")
+                hosts.leave()
+
+    def _close(self, error: BaseException | None) -> None:
+        with self._entered, interrupt.deferred():  # a second signal ends it at once
             self._stop.set()
             self._thread.join()
-            with interrupt.deferred():  # a second signal ends it at once
-                try:
-                    if self._taken:
-                        raise self._taken
-                    self._push("uploading")
-                    self._bucket.write(OWNER, self._card(ended=True))
-                    self._bucket.delete(PENDING)
-                except Exception as failure:
-                    self._fail(failure, error)
+            try:
+                if self._taken:
+                    raise self._taken
+                self._push("uploading")
+                self._bucket.write(OWNER, self._card(ended=True))
+                self._bucket.delete(PENDING)
+            except Exception as failure:
+                self._fail(failure, error)
 
     def share(self) -> None:
         """Has all processes see the folder of the first."""
@@ -193,7 +214,17 @@ class Mirror:
         names = self._bucket.names()
         if names and not names & set(OURS):
             raise UserError(f"{self.url} holds files but no run; choose an empty folder, or a new name")
-        if (before := self._bucket.read_json(OWNER, {})) and not before.get("ended"):
+        before = self._bucket.read_json(OWNER, {})
+        alive = bool(before) and not before.get("ended")
+        if self._objects is None and MANIFEST not in names:
+            raise UserError(f"there is no run at {self.url}")
+        if self._objects is None and alive:
+            raise UserError(
+                f"{_named(before)} works on {self.url}, or was killed: wait until it has ended, or go on with it"
+            )
+        if alive:
+            if MANIFEST in names:
+                self._objects(local(self.url, without=["checkpoints", "trained", "frozen"]))
             say(f"{_named(before)} works on {self.url}, or was killed: it is told to stop")
         self._bucket.write(OWNER, self._card())
         text = self._bucket.read(MANIFEST).decode()
@@ -246,7 +277,11 @@ class Mirror:
                     bucket = Bucket(url(aside))
                     based = self._root / "based-aside.json"
                     Pushed(bucket, aside, bucket.read(MANIFEST).decode(), based, self._check).push(title)
-                    shutil.rmtree(aside)
+                    # By another name: what is left of it, were this killed, would be taken for its next state.
+                    doomed = self._root / "doomed" / aside.name
+                    doomed.parent.mkdir(exist_ok=True)
+                    aside.rename(doomed)
+                    shutil.rmtree(doomed)
             self._pushed.push(title)
 
     def _fail(self, failure: Exception, error: BaseException | None) -> None:

@@ -60,6 +60,20 @@ def lock(path: Path, what: str) -> IO[str]:
     return file
 
 
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Has processes go through the `with` block one after the other, where the file system has locks.
+
+    Args:
+        path: of the file that is locked meanwhile, which is made.
+    """
+    with path.open("a") as file:
+        with contextlib.suppress(OSError):
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def reserve(descriptor: int, size: int) -> None:
     """Makes an open file `size` bytes long, all of them on the disk.
 
@@ -69,6 +83,8 @@ def reserve(descriptor: int, size: int) -> None:
     Raises:
         OSError: there is no room.
     """
+    if not size:
+        return
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxtl import config, hosts
 from jaxtl.errors import UserError
@@ -159,6 +160,21 @@ def test_processes_give_the_run_of_one(name, tmp_path, monkeypatch, bert_folder,
     one, found = (np.load(folder / "predictions.npz") for folder in (tmp_path / "one", workdir))
     assert found["ids"].tolist() == one["ids"].tolist()
     np.testing.assert_allclose(found["logits"], one["logits"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_damaged_image_of_one_process_is_a_mistake_for_all(tmp_path):
+    for number in range(24):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(path)
+    path.write_bytes(b"damaged")
+    data = config.Images(source="folder", dir=str(tmp_path / "images"), eval_fraction=0.5)
+    statuses, outputs = run(dataclasses.replace(IMAGES, data=data), tmp_path / "run", 2)
+    assert statuses == [2, 2], outputs
+    ended = sorted(output.splitlines()[-1] for output in outputs)
+    assert "another process cannot decode its images" in ended[0], ended
+    assert f"unreadable images (1), repair or remove them: b/{path.name} (not an image)" in ended[1], ended
 
 
 @pytest.mark.slow

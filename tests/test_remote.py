@@ -266,6 +266,51 @@ def test_machine_that_comes_back_keeps_what_it_could_not_push(server, machine, c
     assert (remote.local(f"gs://b/{aside.removesuffix('/c')}") / "c").read_text() == "could not be pushed"
 
 
+def test_a_command_that_would_be_refused_stops_nobody(server, machine, settings, command):
+    early = remote.Mirror(URL).__enter__()
+    shutil.copy(settings.partition("=")[2], early.folder / "experiment.json")
+    early._push()
+    machine("second")
+    status, _, errors = command(main, settings, "--set=train.epochs=7", f"--workdir={URL}")
+    assert status == 2
+    assert f"{URL} holds a run with other settings (train.epochs)" in errors
+    status, _, errors = command(main, settings, "--mode=eval", f"--workdir={URL}")
+    assert status == 2
+    assert f"works on {URL}, or was killed: wait until it has ended" in errors
+    status, _, errors = command(main, settings, "--mode=eval", "--workdir=gs://b/runs/y")
+    assert status == 2
+    assert "there is no run at gs://b/runs/y" in errors
+    assert not any(name.startswith("runs/y") for name in server.objects["b"])
+    (early.folder / "more").touch()
+    early.__exit__(None, None, None)
+    assert "runs/x/more" in server.objects["b"]
+
+
+def test_copies_for_reading_are_made_one_after_the_other(folder, server, tmp_path):
+    pusher(folder, tmp_path / "based.json").push()
+    errors = []
+
+    def read():
+        try:
+            assert state(remote.local(URL)) == state(folder)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_folder_made_by_hand_counts_as_empty(server, machine):
+    server.objects["b"]["runs/x/"] = b""
+    with remote.mirrored(URL) as folder:
+        (folder / "a").touch()
+    assert "runs/x/a" in server.objects["b"]
+
+
 def test_one_machine_runs_a_url_once(server, machine):
     with remote.mirrored(URL), pytest.raises(UserError, match=r"gs://b/runs/x is in use by process \d+"):
         remote.Mirror(URL).__enter__()

@@ -1,6 +1,5 @@
 """From listed examples to pixels: decoded once, into one uint8 array per split."""
 
-import contextlib
 import itertools
 import math
 import os
@@ -44,18 +43,28 @@ def decode(
     own = list(listings)
     if owners:
         own = [listing.take(np.flatnonzero(of == hosts.index())) for listing, of in zip(listings, owners, strict=True)]
+
+    def decoded(native: tuple[int, int] | None, shape: tuple[int, int]) -> list[np.ndarray] | None:
+        """None where sizes differ. Where each process decodes its own, all end alike; else none waits for others."""
+        found = fault = None
+        try:
+            found = _decode_as(native, own, shape, resize, show_progress)
+        except _SizesDiffer:
+            pass
+        except UserError as error:
+            fault = error
+        whole, alike = not fault, bool(fault or found)
+        if owners:
+            whole, alike = hosts.all_say([whole, alike])
+        if not whole:
+            raise fault or UserError("another process cannot decode its images: it says why")
+        return found if alike else None
+
     if shape:
-        return _decode_as(None, own, shape, resize, show_progress)
+        return decoded(None, shape)
     native = _first_size(listings[0])
-    if native and max(native) <= image_size:
-        found = None
-        with contextlib.suppress(_SizesDiffer):
-            found = _decode_as(native, own, _shape(native, resize), resize, show_progress)
-        # Where each process decodes its own, all agree; where the first one alone wants some images, it is not to wait.
-        (everywhere,) = hosts.all_say([found is not None]) if owners else [found is not None]
-        if everywhere:
-            return found
-    return _decode_as(None, own, (image_size, image_size), resize, show_progress)
+    kept = decoded(native, _shape(native, resize)) if native and max(native) <= image_size else None
+    return kept or decoded(None, (image_size, image_size))
 
 
 def fit(image: Image.Image, shape: tuple[int, int], resize: str) -> np.ndarray:
@@ -190,6 +199,9 @@ def _allocate(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     arrays = []
     try:
         for shape in shapes:
+            if not math.prod(shape):  # of several processes, one may have nothing of a small split
+                arrays.append(np.empty(shape, np.uint8))
+                continue
             with tempfile.TemporaryFile(prefix="jaxtl-") as file:
                 storage.reserve(file.fileno(), math.prod(shape))
                 arrays.append(np.memmap(file, np.uint8, "r+", shape=shape))

@@ -158,8 +158,8 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     if saved and saved.record["origins"].get("cached") != origins["cached"]:
         raise UserError(
             f"the run in this folder began with{'out' if once else ''} kept activations of the frozen stages, which "
-            "its plan now changes, and with it the rounding: put plan.cache_budget_gb, plan.cache_disk_gb and room on "
-            "the disk back to what they were, or --overwrite to start anew"
+            "its plan now changes, and with it the rounding: put plan.cache_budget_gb, plan.cache_disk_gb, room on the "
+            "disk and the number of processes back to what they were, or --overwrite to start anew"
         )
     if once:
         seconds["cache"] -= once.seconds_compile

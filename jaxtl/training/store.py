@@ -101,8 +101,7 @@ class Store:
             file = (temporary / ARRAY).open("w+b")
             _lock(file)
             storage.reserve(file.fileno(), size)
-            array = np.memmap(file, dtype, "r+", shape=shape)
-            array.lock = file  # as long as the array lives
+            array = _mapped(file, dtype, "r+", shape)
             yield Incomplete(self, key, temporary, array, words)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -219,10 +218,17 @@ def _open(entry: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     size, bytes_expected = os.fstat(file.fileno()).st_size, math.prod(shape) * dtype.itemsize
     if size != bytes_expected:
         raise ValueError(f"{ARRAY} has {size} bytes, not {bytes_expected}")
-    array = np.memmap(file, dtype, "r", shape=shape)
-    array.lock = file  # as long as the array lives
+    array = _mapped(file, dtype, "r", shape)
     if _digest(array) != description.get("sha256"):
         raise ValueError(f"{ARRAY} is not what was written, by its SHA-256")
+    return array
+
+
+def _mapped(file: BinaryIO, dtype: np.dtype, mode: str, shape: tuple[int, ...]) -> np.memmap:
+    """Returns what a file holds, which stays locked as long as the array lives."""
+    # No system maps what is empty: of several processes, one may have nothing of a small split.
+    array = np.memmap(file, dtype, mode, shape=shape) if math.prod(shape) else np.empty(shape, dtype).view(np.memmap)
+    array.lock = file
     return array
 
 

@@ -97,11 +97,7 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
             preview(chosen, download=True)  # mistakes show before large files are fetched
         terminal.show_result(done or loop.train(chosen, workdir, overwrite=overwrite), workdir, new=done is None)
         return
-    if (workdir / run_folder.EXPERIMENT).exists():
-        raise UserError(f"--workdir={remote.shown(workdir)} holds a single run; a suite needs a folder of its own")
-    chosen = Suite(tuple((name, anchored(member)) for name, member in chosen.members))
-    members = resolve(chosen, workdir)
-    done = {name: run_folder.finished(workdir / name, member, overwrite) for name, member, _ in members}
+    members, done = _standing(chosen, workdir, overwrite)
     described, looked_at = as_describable(members), set()
     anew = {name: overwrite for name, _, _ in members}
     for name, _, source in members:
@@ -128,6 +124,24 @@ def run(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool = False) -
             say(f"left out: {line}")
         comparison_report.present(finished, workdir / comparison_report.PAGE)
     hosts.together("compared")
+
+
+def check(chosen: Experiment | Suite, workdir: Path, *, overwrite: bool) -> None:
+    """Raises UserError where a folder holds something else than what would run there."""
+    if isinstance(chosen, Experiment):
+        run_folder.finished(workdir, anchored(chosen), overwrite)
+    else:
+        _standing(chosen, workdir, overwrite)
+
+
+def _standing(
+    chosen: Suite, workdir: Path, overwrite: bool
+) -> tuple[list[tuple[str, Experiment, str | None]], dict[str, dict | None]]:
+    """Returns the members as `resolve` does, and the results of those that have finished."""
+    if (workdir / run_folder.EXPERIMENT).exists():
+        raise UserError(f"--workdir={remote.shown(workdir)} holds a single run; a suite needs a folder of its own")
+    members = resolve(Suite(tuple((name, anchored(member)) for name, member in chosen.members)), workdir)
+    return members, {name: run_folder.finished(workdir / name, member, overwrite) for name, member, _ in members}
 
 
 def _with_seed(experiment: Experiment, seed: int) -> Experiment:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtl import config
+from jaxtl import config, hosts
 from jaxtl.data import decode, sources
 from jaxtl.errors import UserError
 
@@ -657,3 +657,48 @@ def test_cifar10_gives_500_training_and_100_held_out_images_of_each_class(cifar1
     assert np.bincount(held_out.labels).tolist() == [100] * 10
     assert train.inputs.shape == (5000, 32, 32, 3)
     assert train.class_names[3] == "cat"
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Returns what has this process be one of two, of which the other says these flags."""
+
+    def become(number, *theirs):
+        monkeypatch.setattr(hosts, "index", lambda: number)
+        monkeypatch.setattr(hosts, "all_say", lambda flags: [a and b for a, b in zip(flags, theirs, strict=True)])
+
+    return become
+
+
+def test_of_several_processes_each_decodes_its_own_images_and_all_to_one_size(tmp_path, process, monkeypatch):
+    write_images(tmp_path, {"a": 5, "b": 4})
+    drawn = sources.listings(config.Images(source="folder", dir=str(tmp_path), eval_fraction=0.3))
+    whole = sources.read(drawn, "stretch", 32)
+    owners = [np.arange(len(listing.labels), dtype=np.int32) % 2 for listing in drawn]
+    for number in range(2):
+        process(number, True, True)
+        for split, of, all_of_it in zip(sources.read(drawn, "stretch", 32, owners=owners), owners, whole, strict=True):
+            np.testing.assert_array_equal(split.inputs, all_of_it.inputs[of == number])
+            np.testing.assert_array_equal(split.labels, all_of_it.labels)
+    found = []
+
+    def say(flags):  # the other one has found an image of another size
+        found.append(flags)
+        return [flags[0], flags[1] and len(found) > 1]
+
+    monkeypatch.setattr(hosts, "all_say", say)
+    assert sources.read(drawn, "stretch", 32, owners=owners)[0].inputs.shape[1:3] == (32, 32)
+    assert found == [[True, True], [True, True]]
+
+
+def test_of_several_processes_all_end_where_one_has_an_unreadable_image(tmp_path, process):
+    write_images(tmp_path, {"a": 5, "b": 4})
+    drawn = sources.listings(config.Images(source="folder", dir=str(tmp_path), eval_fraction=0.3))
+    owners = [np.arange(len(listing.labels), dtype=np.int32) % 2 for listing in drawn]
+    process(0, False, True)
+    with pytest.raises(UserError, match="another process cannot decode its images"):
+        sources.read(drawn, "stretch", 32, owners=owners)
+    Path(drawn[0].items[0]).write_bytes(b"damaged")
+    process(0, True, True)
+    with pytest.raises(UserError, match=r"unreadable images \(1\)"):
+        sources.read(drawn, "stretch", 32, owners=owners)

@@ -275,6 +275,15 @@ def test_array_that_is_mapped_or_written_makes_no_room_until_it_is_let_go(tmp_pa
     assert names(tmp_path) == [KEYS[2]]
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_array_of_nothing_is_an_entry_too(tmp_path, mapped):
+    """Of several processes, one may have no example of a small split."""
+    put(Store(tmp_path, 1e6), KEYS[0], np.empty((0, 4), np.float32))
+    found = Store(tmp_path, 1e6).load(KEYS[0], (0, 4), FLOAT32, mapped=mapped)
+    assert found.shape == (0, 4)
+    assert names(tmp_path) == [KEYS[0]]
+
+
 def test_entry_that_cannot_be_read_is_left_where_it_is(tmp_path, monkeypatch, capsys):
     put(Store(tmp_path, 1e6), KEYS[0], values())
 

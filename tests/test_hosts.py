@@ -1,6 +1,7 @@
 """Several real processes on this machine: the same run as one, stopped together, gone on from by any number."""
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -17,19 +18,13 @@ from PIL import Image
 
 from jaxtl import config, hosts
 from jaxtl.errors import UserError
-from jaxtl.training import checkpoint, freeze, loop, sharding
+from jaxtl.training import checkpoint, loop, sharding
 from jaxtl.training import run as train_run
 
+sys.path.append(str(Path(__file__).parent))
+interrupted = importlib.import_module("interrupted")
+IMAGES, lines = interrupted.IMAGES, interrupted.lines
 FAULTS = Path(__file__).parent / "faults.py"
-IMAGES = config.Experiment(
-    model=config.Model("vit_nano_patch2_8", image_size=8, head=config.Head("mlp", "cls", hidden=32, dropout=0.5)),
-    data=config.Images(source="digits", train_size=96, eval_size=48),
-    freeze=freeze.train_from("block_3"),
-    optim=config.Optim("adamw", learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0),
-    train=config.Train(epochs=3, batch_size=32, eval_batch_size=16, log_every=1, select="best"),
-    checkpoint=config.Checkpoint(every_steps=2),
-)
-TIMES = ("seconds", "examples_per_second")
 
 
 def start(experiment, workdir, processes, moments=(), devices=1):
@@ -75,11 +70,6 @@ def end(started, workdir, seconds=240):
 def run(*args, **rest):
     workdir = args[1]
     return end(start(*args, **rest), workdir)
-
-
-def lines(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
 def assert_same(folder, other, exactly):

@@ -18,23 +18,16 @@ import pytest
 import jaxtl
 from jaxtl import bucket, compare, config, export, interrupt, main, predict, remote
 from jaxtl.errors import Outage, UserError
-from jaxtl.training import checkpoint, freeze
+from jaxtl.training import checkpoint
 
 if not importlib.util.find_spec("gcsfs"):  # not imported: `bucket.Bucket` sets what it reads then
     pytest.skip("there is no gcsfs: pip install 'jaxtl[gcs]'", allow_module_level=True)
 sys.path.append(str(Path(__file__).parent))
 gcs_server = importlib.import_module("gcs_server")
+interrupted = importlib.import_module("interrupted")
+IMAGES, lines = interrupted.IMAGES, interrupted.lines
 
-IMAGES = config.Experiment(
-    model=config.Model("vit_nano_patch2_8", image_size=8, head=config.Head("mlp", "cls", hidden=32, dropout=0.5)),
-    data=config.Images(source="digits", train_size=96, eval_size=48),
-    freeze=freeze.train_from("block_3"),
-    optim=config.Optim("adamw", learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0),
-    train=config.Train(epochs=3, batch_size=32, eval_batch_size=16, log_every=1, select="best"),
-    checkpoint=config.Checkpoint(every_steps=2),
-)
 URL = "gs://b/runs/x"
-TIMES = ("seconds", "examples_per_second")
 
 
 @pytest.fixture
@@ -73,11 +66,6 @@ def state(folder):
 def pulled(folder):
     bucket.pull(bucket.Bucket(URL), folder)
     return state(folder)
-
-
-def lines(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
 # --- a folder and a bucket ---------------------------------------------------------------------------------

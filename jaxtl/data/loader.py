@@ -73,9 +73,9 @@ def batches(
         `weight`: `[rows]` float32, 1, and 0 for the rows that fill up the one batch of an epoch that is short,
         `index`: `[rows]` int32, the row of `dataset`, and -1 where the weight is 0,
         `rows`: `[batch_size]` int32, the same for the rows of all shards,
-        `source`: only where the data set has `owners`. `input` then has those examples of the whole batch that this
-            shard holds, filled up to as many rows as every other shard's; `[rows]` int32 says where the shard's rows
-            are when the inputs of all shards are put one after the other.
+        `source`: only where the data set has `owners`, and not every row of the batch is held by its own shard. `input`
+            then has those examples of the whole batch that this shard holds, filled up to as many rows as every other
+            shard's; `[rows]` int32 says where the shard's rows are when the inputs of all are put one after the other.
     A row of weight 0 repeats the first one of its batch, so that nothing computed from it is out of range.
 
     The rows of a batch are drawn before they are divided among the shards: shard `i` of `count` gets the i-th of
@@ -116,8 +116,10 @@ def batches(
             found = {"input": _inputs(dataset.inputs, view * len(dataset.labels) + rows, length)}
         else:
             inputs, source = held.gather(examples, length, view, share)
-            found = {"input": inputs, "source": np.resize(source, batch_size)[part]}
-            found["source"][padded < 0] = source[0]
+            found = {"input": inputs}
+            if source is not None:
+                found["source"] = np.resize(source, batch_size)[part]
+                found["source"][padded < 0] = source[0]
         return {
             **found,
             "label": dataset.labels[rows],
@@ -145,10 +147,12 @@ class _Held:
         self._size = np.count_nonzero(dataset.owners == index)  # of a view
         self._places = places(dataset.owners)
 
-    def gather(self, rows: np.ndarray, length: int, view: int, share: int) -> tuple[np.ndarray | Sequence, np.ndarray]:
+    def gather(
+        self, rows: np.ndarray, length: int, view: int, share: int
+    ) -> tuple[np.ndarray | Sequence, np.ndarray | None]:
         """Returns this shard's inputs for a batch, filled up, and where each of `rows` is among all shards'.
 
-        Filled up to a multiple of `share`, so that there are few shapes of them.
+        Filled up to a multiple of `share`, so that there are few shapes of them. None: every shard holds its own rows.
         """
         holders = self._owners[rows]
         counts = np.bincount(holders, minlength=self._count)
@@ -158,6 +162,8 @@ class _Held:
         def fill_up(x: np.ndarray) -> np.ndarray:
             return np.concatenate([x, np.zeros((room - len(x), *x.shape[1:]), x.dtype)])
 
+        if np.array_equal(holders, np.arange(share * self._count) // share):
+            return found, None
         return jax.tree.map(fill_up, found), (holders * room + places(holders)).astype(np.int32)
 
 

@@ -193,9 +193,10 @@ def _wanted(this: Setup, frozen: stages.Params, splits: list[Examples], row: jax
         views, count = 0 if number else this.plan.views, len(examples.labels)
         lengths = examples.inputs.lengths if isinstance(examples.inputs, Ragged) else None
         made_of = origins(this, weights, examples, views, row.dtype)
-        owners, places, own = None, np.arange(count), slice(None)
+        owners, places, own = examples.owners, np.arange(count), slice(None)
         if processes > 1:
-            owners = loader.owners(lengths, count, this.experiment.train.eval_batch_size, processes)
+            if owners is None:  # texts, which all processes read
+                owners = loader.owners(lengths, count, this.experiment.train.eval_batch_size, processes)
             places, own = loader.places(owners), owners == index
             made_of["process"] = [index, processes]
         if isinstance(this.activations, stages.Sequence):  # every token of a text, and not one vector for it

@@ -54,8 +54,10 @@ class Bucket:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.url = url
         protocol, _, rest = url.partition("://")
-        if "/" not in rest:
-            raise UserError(f"{url} is a bucket: name a folder in it, as in {url}/runs/x")
+        name, _, folder = rest.strip("/").partition("/")
+        if not folder:
+            where = f"{protocol}://{name or 'BUCKET'}"
+            raise UserError(f"{url} names no folder in a bucket: give one, as in {where}/runs/x")
         try:
             import fsspec
 

@@ -292,6 +292,13 @@ def test_copies_for_reading_are_made_one_after_the_other(folder, server, tmp_pat
     assert not errors
 
 
+@pytest.mark.parametrize(("given", "told"), [("gs://", "gs://BUCKET/runs/x"), ("gs://b", "gs://b/runs/x")])
+def test_url_without_a_folder_is_told_how_to_name_one(given, told, settings, command):
+    status, _, errors = command(main, settings, f"--workdir={given}")
+    assert (status, len(errors.splitlines())) == (2, 1)
+    assert f"names no folder in a bucket: give one, as in {told}" in errors
+
+
 def test_folder_made_by_hand_counts_as_empty(server, machine):
     server.objects["b"]["runs/x/"] = b""
     with remote.mirrored(URL) as folder:

@@ -197,10 +197,12 @@ else
     kill -KILL "-\$(cat pid)" 2>/dev/null
   fi
   rm -f status; echo $id >id; lines=+1
-  setsid sh -c $(quoted "$program; echo \$? >status") >jaxtl.log 2>&1 </dev/null &
+  : >jaxtl.log # here: tail may be there before what runs in the background is
+  setsid sh -c $(quoted "$program; echo \$? >status") >>jaxtl.log 2>&1 </dev/null &
   echo \$! >pid
 fi
 tail --pid="\$(cat pid)" --sleep-interval=0.2 --lines=\$lines --follow jaxtl.log
+wait # where tail could not, or ended early: what runs is what counts
 exit "\$(cat status 2>/dev/null || echo 1)"
 END
 }

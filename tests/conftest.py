@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,14 @@ def cifar10() -> Path:
     if not folder:
         pytest.skip("JAXTL_TEST_TFDS names no tfds data dir with cifar10")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_heard():
+    """What is started in the background, or by nohup, ignores them, and so would all that a test starts."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # programs inherit what is ignored, not what is handled
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -89,6 +89,7 @@ def _end(status: int) -> NoReturn:
     if hosts.joined():
         sys.stdout.flush()
         sys.stderr.flush()
+        hosts.say_end()
         os._exit(status)
     sys.exit(status)
 

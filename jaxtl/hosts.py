@@ -5,9 +5,12 @@ the run folder, which must be the same for all, or a copy (`jaxtl.remote`). What
 clock) travels to the others with the next step, so that all stop, or save, after the same one.
 """
 
+import atexit
+import contextlib
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +22,10 @@ from jaxtl.errors import UserError
 SILENCE = 60
 # So many seconds a process waits for the others at the start.
 WAIT = 300
+
+# Another program, told when this process ends by itself; where it was not told, it says what may have happened.
+_witness: subprocess.Popen | None = None
+_WITNESS = "import sys; sys.stdin.buffer.read() or print(sys.argv[1], file=sys.stderr)"
 
 
 def start(*, auto: bool, coordinator: str | None, count: int | None, number: int | None) -> None:
@@ -66,8 +73,32 @@ def start(*, auto: bool, coordinator: str | None, count: int | None, number: int
         where = "" if auto else f" at {coordinator}"
         told = " ".join(str(error).split())[:300]
         raise UserError(f"the other processes were not found{where}: {told}") from None
+    _call_witness()
     if jax.process_index() > 0:
         progress.mute()
+
+
+def _call_witness() -> None:
+    """JAX aborts a process that hears of another's end while it is not waiting for it: it cannot say a line then."""
+    global _witness
+    line = (
+        "jaxtl: error: this process was aborted or killed, most likely because another process of this run has ended "
+        "(see what that one printed last); the same command on all of them goes on from the last checkpoint"
+    )
+    _witness = subprocess.Popen(
+        [sys.executable, "-ISc", _WITNESS, line],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+    atexit.register(say_end)
+
+
+def say_end() -> None:
+    """Tells the witness, if there is one, that this process ends by itself."""
+    if _witness:
+        with contextlib.suppress(OSError):  # it was killed
+            os.write(_witness.stdin.fileno(), b".")
 
 
 def _wait_for(host: str, port: int) -> None:

@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from jaxtl import hosts
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _lock = threading.Lock()
@@ -102,6 +104,7 @@ def end(number: int, again: str) -> None:
     """
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
     _tell(f"{show_cursor}\njaxtl: stopped by {name(number)}; {again}")
+    hosts.say_end()
     os._exit(128 + number)
 
 

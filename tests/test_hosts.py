@@ -67,6 +67,14 @@ def end(started, workdir, seconds=240):
     return statuses, [(workdir.parent / f"output-{number}").read_text() for number in range(len(started))]
 
 
+def said(line, output, seconds=20):
+    """Whether the output of a process has the line, or gets it soon: from its witness, who outlives it."""
+    until = time.monotonic() + seconds
+    while not (found := line in output.read_text()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
 def run(*args, **rest):
     workdir = args[1]
     return end(start(*args, **rest), workdir)
@@ -174,9 +182,36 @@ def test_error_in_one_process_ends_all(two, tmp_path):
     with train_run.Claim(workdir) as claim:
         claim.take()
         statuses, outputs = run(IMAGES, workdir, 2)
-    assert statuses == [2, 1], outputs
+    # JAX aborts a process that is not waiting for the others when it hears of the end of the first.
+    assert statuses in ([2, 1], [2, -signal.SIGABRT]), outputs
     assert "is in use by" in outputs[0]
-    assert "another process of this run has ended" in outputs[1]
+    assert said("another process of this run has ended", tmp_path / "output-1")
+
+
+def test_aborted_process_has_its_line_said_for_it_and_no_other_has(tmp_path):
+    """The second computes for itself when the first is killed: JAX aborts it. The third has ended before, well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"""
+import os, sys, time
+from jaxtl import cli, hosts
+number = int(sys.argv[1])
+hosts.start(auto=False, coordinator="127.0.0.1:{port}", count=3, number=number)
+hosts.together("here")
+if number == 2: cli.fail("in order")
+time.sleep(3 if number == 0 else 60)
+os._exit(9)
+"""
+    outputs = [tmp_path / f"output-{number}" for number in range(3)]
+    started = []
+    for number, output in enumerate(outputs):
+        with output.open("wb") as file:
+            started.append(subprocess.Popen([sys.executable, "-c", program, str(number)], stdout=file, stderr=file))
+    assert [process.wait(60) for process in started] == [9, -signal.SIGABRT, 2]
+    assert said("the same command on all of them goes on", outputs[1])
+    assert outputs[1].read_text().splitlines()[-1].startswith("jaxtl: error: this process was aborted or killed")
+    assert outputs[2].read_text().splitlines()[-1] == "jaxtl: error: in order"
 
 
 @pytest.mark.slow

@@ -80,7 +80,8 @@ def test_every_number_of_devices_gives_the_same_run(runs):
     """The same examples, dropout and augmentation; sums in another order.
 
     A float32 sum is off by some 1e-7 of it; a step passes that on, and Adam divides it by gradients that may be as
-    small. A device left out, or counted twice, changes losses and parameters in the first digit.
+    small: of the few entries that have such gradients, an update is off by more. A device left out, or counted twice,
+    changes losses and all parameters in the first digit.
     """
     experiment, found = runs
     folder = found.pop((1, 1))
@@ -91,7 +92,9 @@ def test_every_number_of_devices_gives_the_same_run(runs):
         params = checkpoint.load(other).params
         for path, value in one.params.items():
             if not path.endswith("attention/key/bias"):  # softmax takes away what it adds: its gradient is rounding
-                np.testing.assert_allclose(params[path], value, rtol=0, atol=2e-3 * moved, err_msg=f"{layout} {path}")
+                off = np.abs(params[path] - value) / moved
+                assert np.sqrt(np.mean(off**2)) < 2e-4, (layout, path)
+                assert off.max() < 2e-2, (layout, path)
     found[1, 1] = folder
 
 

@@ -154,6 +154,7 @@ def assert_same_work(ours, theirs):
     assert theirs["loss"] < np.log(len(ours["classes"])) - 5e-4
 
 
+@pytest.mark.slow
 def test_dinov2_peer_trains_as_jaxtl_does(dinov2_folder, tmp_path):
     experiment = images(dinov2_folder, "from_weights", "block_2", "cls", name="adamw", weight_decay=0.5)
     ours, theirs, model = both(experiment, tmp_path)
@@ -171,6 +172,7 @@ def test_vgg19_peer_trains_as_jaxtl_does(vgg19_file, tmp_path):
     assert_same_work(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rules", "optim"),
     [

@@ -239,6 +239,7 @@ def test_explain_of_an_experiment_on_the_hub_needs_no_network(here, capsys, monk
     assert "1,877,130" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_run_is_reported_when_the_command_is_given_again_and_repeated_from_its_experiment_json(here, capsys):
     run("--experiment=nano.py")
     first = capsys.readouterr().out

@@ -458,6 +458,7 @@ def test_training_is_the_same_wherever_the_activations_are(here, tmp_path, monke
                 np.testing.assert_allclose(value, other[2][path], atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_run_on_cached_views_repeats_bit_for_bit_and_tells_what_it_kept(here, tmp_path):
     first = train(change(here, *VIEWS), tmp_path / "first")
     second = train(change(here, *VIEWS), tmp_path / "second")

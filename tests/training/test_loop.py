@@ -140,6 +140,7 @@ def test_max_steps_ends_the_run_in_the_middle_of_an_epoch_with_an_evaluation(tmp
     assert (last["split"], last["step"], last["epoch"]) == ("eval", 5, 1.25)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_what_another_run_trained(tmp_path):
     """What the second run holds of the backbone must be the first run's, trained and frozen."""
     loop.train(change(BASE, "data.classes=0,1,2,3,4"), tmp_path / "first")
@@ -233,6 +234,7 @@ def test_suite_hands_a_run_on_and_repeats_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.count("accuracy") == 2
 
 
+@pytest.mark.slow
 def test_run_made_from_weights_that_are_made_anew_is_made_anew_too(tmp_path):
     small = change(BASE, "train.max_steps=1")
     chosen = config.Suite((("a", small), ("b", change(small, "model.weights=suite:a"))))
@@ -242,6 +244,7 @@ def test_run_made_from_weights_that_are_made_anew_is_made_anew_too(tmp_path):
     assert len(list(tmp_path.glob("b.*"))) == 1  # the old one, moved aside
 
 
+@pytest.mark.slow
 def test_frozen_weights_that_changed_under_a_run_are_noticed(tmp_path):
     first = change(BASE, "train.max_steps=1")
     second = change(first, f"model.weights={tmp_path / 'first'}")

@@ -178,6 +178,7 @@ def test_frozen_parameters_are_saved_only_when_asked_for_and_then_the_weights_ar
     assert checkpoint.digest(found) == checkpoint.digest(expected)
 
 
+@pytest.mark.slow
 def test_frozen_leaves_stay_bitwise_equal_under_weight_decay_and_clipping(tmp_path):
     experiment = change(IMAGES, "checkpoint.save_frozen=true", "optim.weight_decay=0.5", "plan.cache=off")
     short = loop.train(change(experiment, "train.max_steps=1"), tmp_path / "short")
@@ -216,6 +217,7 @@ def test_other_settings_are_refused_by_name_and_places_are_free(begun):
     assert loop.train(moved, folder)["steps"] == 12
 
 
+@pytest.mark.slow
 def test_overwrite_moves_the_unfinished_run_aside(begun):
     experiment, folder = begun
     loop.train(change(experiment, "train.max_steps=1"), folder, overwrite=True)
@@ -580,6 +582,7 @@ def test_result_that_is_none_is_told(tmp_path, content):
         load_run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_member_made_from_a_source_that_is_trained_anew_is_not_taken_for_finished(tmp_path, monkeypatch):
     small = change(IMAGES, "train.max_steps=1")
     chosen = config.Suite((("a", small), ("b", change(small, "model.weights=suite:a"))))

@@ -111,6 +111,7 @@ def test_same_key_and_step_draw_the_same_dropout_and_the_next_step_another():
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_labels_of_group_and_multiplier_scale_the_update_of_that_group_alone():
     rules = (("head..", "head"), (".*", "body"))
     moved = {}

@@ -93,6 +93,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_suite_with_seeds_runs_what_is_missing_shares_caches_and_ends_with_the_comparison(
     here, command, comparisons, read_json
 ):

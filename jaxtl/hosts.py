@@ -25,7 +25,7 @@ WAIT = 300
 
 # Another program, told when this process ends by itself; where it was not told, it says what may have happened.
 _witness: subprocess.Popen | None = None
-_WITNESS = "import sys; sys.stdin.buffer.read() or print(sys.argv[1], file=sys.stderr)"
+_WITNESS = "import sys; sys.stdin.buffer.read(1) or print(sys.argv[1], file=sys.stderr)"
 
 
 def start(*, auto: bool, coordinator: str | None, count: int | None, number: int | None) -> None:

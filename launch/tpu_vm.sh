@@ -5,7 +5,7 @@
 #   launch/tpu_vm.sh NAME --zone=ZONE --accelerator=TYPE [flags] --workdir=gs://BUCKET/RUN [flags of jaxtl.main]
 #
 #   launch/tpu_vm.sh digits --zone=us-west4-a --accelerator=v5litepod-8 --spot --workdir=gs://my-bucket/digits \
-#       --experiment=quickstart --set pretraining.train.epochs=100
+#       --experiment=quickstart --set pretrain.train.epochs=100
 #
 #   NAME                 of the TPU VM and of its request
 #   --zone=ZONE          where; `gcloud compute tpus locations list`

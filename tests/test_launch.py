@@ -19,6 +19,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jaxtl import experiments
+from jaxtl.training import suite
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("tpu_vm.sh", "gke.sh", "local.sh", "slurm.sbatch")
@@ -155,6 +158,16 @@ def test_help_teaches_every_flag_and_mistakes_are_one_line(script, world):
         assert [line for line in errors.splitlines() if "no meaning" not in line] == [errors.splitlines()[-1]]
         assert errors.splitlines()[-1].startswith("launch: error: ")
     assert not here.calls()
+
+
+@pytest.mark.parametrize("file", [*(f"launch/{name}" for name in SCRIPTS), "README.md", "docs/scaling.md"])
+def test_settings_in_examples_are_there(file):
+    """A misspelt field in an example is a mistake of the first who tries it."""
+    text = (ROOT / file).read_text().replace("\\\n", " ").replace("\n#", " ")
+    for name, rest in re.findall(r"--experiment=([a-z]\w*)(?![\w/])([^`\n]*)", text):
+        chosen = experiments.load(name)
+        for word in re.findall(r"--set (?:'(.+?)'|(\S+))", rest):
+            suite.override(chosen, ["".join(word)])
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def bare(run: Path, file: Path) -> dict[str, Any]:
 
     from jaxtl.data import buckets, records, tokens
     from jaxtl.evaluation.predict import WINDOW, batch_lengths
-    from jaxtl.models import stages
+    from jaxtl.models import kernels, stages
     from jaxtl.training import step
     from jaxtl.training.network import TOKENIZER, load_run, run_params
 
@@ -77,6 +77,7 @@ def bare(run: Path, file: Path) -> dict[str, Any]:
             batches.append(stages.Sequence(ids.padded(full, length), ids.lengths[full].astype(np.int32)))
     net, params = run_params(finished)
     params, forward = jax.device_put(params), step.forward(net.structure, step.unchanged)
+    forward = jax.jit(forward, compiler_options=kernels.compiler_options())
 
     def passes(over: list[stages.Sequence]) -> float:
         started = time.perf_counter()

@@ -22,7 +22,7 @@ from jaxtl.config import Text
 from jaxtl.data import buckets, decode, records, tokens
 from jaxtl.errors import UserError
 from jaxtl.evaluation import ensemble, metrics
-from jaxtl.models import stages
+from jaxtl.models import kernels, stages
 from jaxtl.training import step
 from jaxtl.training.compiled import behind
 from jaxtl.training.evaluate import image_preparation
@@ -240,7 +240,8 @@ class _Member:
         self.batch_size = batch_size
         net, params = run_params(run)
         self._params = jax.device_put(params)
-        self._step = step.forward(net.structure, self._preparation(run))
+        forward = step.forward(net.structure, self._preparation(run))
+        self._step = jax.jit(forward, compiler_options=kernels.compiler_options())
 
     def forward(self, inputs: Any) -> jax.Array:
         """Returns the logits of a batch, before they are computed."""

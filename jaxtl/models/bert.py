@@ -140,4 +140,4 @@ class MaskedLanguageModel(nnx.Module):
     def __call__(self, x: Sequence | jax.Array, rng: jax.Array | None) -> jax.Array:
         del rng
         y = self.norm(self.activation(self.dense(values(x))))
-        return kernels.matmul(y, self.word[...], self.dtype, 1) + self.bias[...]
+        return kernels.matmul(y, self.word[...], None, self.dtype, 1) + self.bias[...]

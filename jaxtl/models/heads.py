@@ -65,7 +65,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         x = kernels.dropout(x, self.dropout, rng)
         # Without the output layer's own rounding to the compute dtype: logits are float32.
-        return kernels.matmul(x, self.output.kernel[...], self.output.dtype) + self.output.bias[...]
+        return kernels.matmul(x, self.output.kernel[...], None, self.output.dtype) + self.output.bias[...]
 
 
 class Mlp(Linear):
@@ -134,7 +134,7 @@ def last_states(forward: Gru, backward: Gru, x: Sequence, dtype: jnp.dtype) -> j
         return jnp.stack([getattr(direction, name)[...] for direction in directions])
 
     kernel = jnp.concatenate([direction.input_kernel[...] for direction in directions], axis=-1)
-    inputs = kernels.matmul(x.values, kernel, dtype) + both("input_bias").reshape(-1)
+    inputs = kernels.matmul(x.values, kernel, None, dtype) + both("input_bias").reshape(-1)
     inputs = inputs.reshape(batch, length, 2, -1).transpose(1, 2, 0, 3)  # [length, 2, batch, 3 * hidden]
     inputs = jnp.stack([inputs[:, 0], inputs[::-1, 1]], axis=1)
     within = (jnp.arange(length)[:, None] < x.lengths)[..., None]  # [length, batch, 1]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtl.data.listing import Examples, Ragged
-from jaxtl.models import stages
+from jaxtl.models import kernels, stages
 from jaxtl.training.sharding import Layout
 
 T = TypeVar("T")
@@ -39,7 +39,8 @@ def compile_step(
     shapes = lengths if isinstance(dataset.inputs, Ragged) else (0,)
     lowered = [step.lower(*before, abstract_batch(dataset, batch_size, length, layout), *after) for length in shapes]
     with ThreadPoolExecutor() as threads:  # XLA compiles outside of Python's lock
-        by_length = dict(zip(shapes, threads.map(lambda one: one.compile(), lowered), strict=True))
+        programs = threads.map(lambda one: one.compile(kernels.compiler_options()), lowered)
+        by_length = dict(zip(shapes, programs, strict=True))
 
     def call(*arguments: Any) -> Any:
         inputs = arguments[BATCH]["input"]

@@ -84,10 +84,18 @@ def train_step(
     loss_fn = loss(structure, frozen_stages, start, remat=remat, layout=layout)
 
     def gradients_of(trainable: stages.Params, frozen: stages.Params, raw: Batch, key: jax.Array):
-        """Returns the gradients of the sum of the losses, and the figures."""
+        """Returns the gradients of the loss, of several parts of its sum and not its mean, and the figures."""
         prepare_key, dropout_key = jax.random.split(key)
         batch = prepare(raw, prepare_key)
-        return jax.grad(loss_fn, has_aux=True)(trainable, frozen, batch, raw, dropout_key)
+
+        def objective(trainable: stages.Params):
+            total, figures = loss_fn(trainable, frozen, batch, raw, dropout_key)
+            return total if accumulate > 1 else total / answers(figures), figures
+
+        return jax.grad(objective, has_aux=True)(trainable)
+
+    def answers(figures: jax.Array) -> jax.Array:
+        return jnp.maximum(figures[2], 1.0)  # of texts in which nothing can be hidden there are none
 
     def step(state: TrainState, frozen: stages.Params, raw: Batch, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
@@ -101,8 +109,7 @@ def train_step(
             parts = jax.tree.map(lambda x: _parts(x, accumulate), raw), jax.random.split(key, accumulate)
             nothing = jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(4, jnp.float32)
             (gradients, figures), _ = jax.lax.scan(add, nothing, parts)
-        # At least 1: of texts in which nothing can be hidden there are no answers.
-        gradients = jax.tree.map(lambda total: total / jnp.maximum(figures[2], 1.0), gradients)
+            gradients = jax.tree.map(lambda total: total / answers(figures), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # By the norm, whose root XLA takes once. Flags of every gradient, put together by `and`, its CPU backend puts

@@ -1,5 +1,7 @@
 """Layers shared by all models: dropout's rates, matrix products, attention over texts of different lengths."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,30 +14,67 @@ KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape", [(1000, 1000), (1000, 10, 101)], ids=["even", "odd"])
+@pytest.mark.parametrize("shape", [(1_000_000,), (1000, 10, 101)])
 def test_dropout_zeroes_at_its_rate_and_keeps_the_expectation(rate, shape):
     dropped = np.asarray(kernels.dropout(jnp.ones(shape), rate, KEY))
     count = dropped.size
     # Five standard errors of a proportion over a million draws.
     assert abs((dropped == 0).mean() - rate) < 5 * (rate * (1 - rate) / count) ** 0.5
-    np.testing.assert_allclose(dropped[dropped != 0], 1 / (1 - round(rate * 65536) / 65536), rtol=1e-6)
+    np.testing.assert_allclose(dropped[dropped != 0], 1 / (1 - rate), rtol=1e-6)
 
 
-def test_neighbouring_entries_are_dropped_independently():
-    """Two entries share 32 random bits: the halves must not be related, nor the rows."""
-    kept = np.asarray(kernels.dropout(jnp.ones((1000, 1000)), 0.5, KEY)) != 0
-    for left, right in ((kept[:, :-1:2], kept[:, 1::2]), (kept[:, 1:-1], kept[:, 2:]), (kept[:-1], kept[1:])):
-        # Both are kept in a quarter of the cases, five standard errors.
-        assert abs((left & right).mean() - 0.25) < 5 * (0.25 * 0.75 / left.size) ** 0.5
+def agree(left, right):
+    """Whether both of two masks, each true in half of the cases, are true in a quarter: five standard errors."""
+    return abs((left & right).mean() - 0.25) < 5 * (0.25 * 0.75 / left.size) ** 0.5
 
 
-def test_rates_that_round_to_none_and_to_all():
+def test_entries_are_dropped_independently_of_one_another():
+    kept = np.asarray(kernels.dropout(jnp.ones((1024, 1000)), 0.5, KEY)) != 0
+    for distance in (1, 2, 3, 4, 16, 100, 512):
+        assert agree(kept[:, :-distance], kept[:, distance:])
+        assert agree(kept[:-distance], kept[distance:])
+
+
+def test_keys_drop_independently_of_one_another():
+    keys = jax.random.split(KEY, 2000)
+    kept = np.asarray(jax.vmap(lambda key: kernels.dropout(jnp.ones(500), 0.5, key))(keys)) != 0
+    for distance in (1, 2, 1000):
+        assert agree(kept[:-distance], kept[distance:])
+    # Every entry by its own: 2,000 draws of each. Six standard errors, as there are 500 of them.
+    assert np.abs(kept.mean(axis=0) - 0.5).max() < 6 * (0.25 / len(kept)) ** 0.5
+
+
+def test_draws_are_those_of_murmurhash():
+    """By its reference code, smhasher's `fmix32`."""
+    np.testing.assert_array_equal(
+        kernels._mixed(jnp.array([0, 1, 2, 0xFFFFFFFF], jnp.uint32)),
+        np.array([0, 0x514E28B7, 0x30F4C306, 0x81F16F39], np.uint32),
+    )
+
+
+def test_rates_of_none_and_of_all():
     x = jnp.ones((4, 5))
     np.testing.assert_array_equal(kernels.dropout(x, 0.0, KEY), x)
-    np.testing.assert_array_equal(kernels.dropout(x, 1e-6, KEY), x)
-    np.testing.assert_array_equal(kernels.dropout(x, 1.0 - 1e-6, KEY), jnp.zeros_like(x))
     np.testing.assert_array_equal(kernels.dropout(x, 1.0, KEY), jnp.zeros_like(x))
     np.testing.assert_array_equal(kernels.dropout(x, 0.5, None), x)
+
+
+def test_nothing_is_kept_for_dropout_but_its_key():
+    """Neither random bits nor a mask, which of attention would be as large as the scores."""
+    x = jax.ShapeDtypeStruct((64, 64, 1024), jnp.float32)
+    loss = jax.value_and_grad(lambda x, key: jnp.sum(jnp.square(kernels.dropout(x, 0.1, key))))
+    memory = jax.jit(loss).lower(x, KEY).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < x.size // 4
+
+
+def test_gelu_is_the_exact_one_in_value_and_gradient():
+    x = np.linspace(-12, 12, 2001, dtype=np.float32)
+    values, gradients = jax.vmap(jax.value_and_grad(layers.gelu))(jnp.asarray(x))
+    below = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.astype(float)])
+    density = np.exp(-0.5 * x.astype(float) ** 2) / math.sqrt(2 * math.pi)
+    # Two units in the last place of 1, which the error function ends at, times the |x| of up to 5 where it still moves.
+    np.testing.assert_allclose(values, x * below, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gradients, below + x * density, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -50,7 +89,7 @@ def test_product_with_a_transposed_kernel_is_the_same_in_value_and_gradients():
     )
 
     def loss(x, kernel, axis):
-        return jnp.sum(kernels.matmul(x, kernel, jnp.float32, axis) * direction)
+        return jnp.sum(kernels.matmul(x, kernel, None, jnp.float32, axis) * direction)
 
     ours = jax.value_and_grad(loss, (0, 1))(x, kernel.T, 1)
     expected = jax.value_and_grad(lambda x, kernel: jnp.sum(x @ kernel * direction), (0, 1))(x, kernel)

@@ -44,7 +44,9 @@ def _operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     operand with several axes of rows before it sums over them (a tenth of a BERT step).
     """
     x = x.astype(dtype)
-    return lax.optimization_barrier(x.reshape(-1, x.shape[-1])) if jax.default_backend() == "cpu" else x
+    if jax.default_backend() != "cpu":
+        return x
+    return lax.optimization_barrier(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def _product(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[int, ...]) -> jax.Array:
@@ -56,7 +58,7 @@ def matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.d
     """Returns `x @ kernel + bias` in float32, operands of the product cast to `dtype`.
 
     The gradient of the kernel is float32 and never rounded to `dtype`; that of `x` has the dtype of `x`. That of the
-    bias sums in float32 what the products take, which is in `dtype`: a bias is for results that are rounded to it.
+    bias is the sum, in float32, of the gradient rounded to `dtype`: give a bias where the result is rounded to it too.
 
     Args:
         x: [..., inputs].
@@ -70,7 +72,8 @@ def matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.d
 
 def _matmul_forward(x, kernel, bias, dtype, axis):
     rows = _operand(x, dtype)
-    y = _product(rows, _operand(kernel, dtype), (rows.ndim - 1,), (axis,)).reshape(*x.shape[:-1], -1)
+    y = _product(rows, _operand(kernel, dtype), (rows.ndim - 1,), (axis,))
+    y = y.reshape(*x.shape[:-1], kernel.shape[1 - axis])
     return y if bias is None else y + bias, (rows, kernel, bias, jnp.zeros(0, x.dtype))
 
 
@@ -82,7 +85,7 @@ def _matmul_backward(dtype, axis, saved, gradient):
     operands = (rows, gradient) if axis == 0 else (gradient, rows)
     kernel_gradient = _product(*operands, leading, leading)
     bias_gradient = None if bias is None else jnp.sum(gradient, leading, jnp.float32)
-    return x_gradient.reshape(*shape, -1).astype(like.dtype), kernel_gradient, bias_gradient
+    return x_gradient.reshape(*shape, kernel.shape[axis]).astype(like.dtype), kernel_gradient, bias_gradient
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -118,14 +121,43 @@ def _einsum_backward(spec, dtype, saved, gradient):
 einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns the Gaussian error linear unit (Hendrycks and Gimpel, 2016), computed in float32: any shape -> the same.
+
+    By the error function; by the complementary one, as in `jax.nn.gelu`, a CPU takes twice as long.
+    """
+    y = x.astype(jnp.float32)
+    return (y * _normal_below(y)).astype(x.dtype)
+
+
+def _normal_below(x: jax.Array) -> jax.Array:
+    return 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
+
+
+def _gelu_forward(x):
+    return gelu(x), x
+
+
+def _gelu_backward(x, gradient):
+    # XLA's CPU backend would find that the forward pass has the same error function, and keep all of it.
+    y = (lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x).astype(jnp.float32)
+    slope = _normal_below(y) + y * jnp.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
+    return ((gradient * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each entry with probability `rate` and divides the rest by the probability to stay.
 
     Identity without a key.
 
-    The draws are a hash of the entries' indices, by two words that jax.random draws from the key. It is computed within
-    the operation that uses it, for an entry alone, so that nothing is stored and arrays may be split among devices;
-    jax.random's own bits for all entries took a twentieth of a BERT step on a CPU, and a third of its compilation.
+    The draws are a hash of the entries' indices, by two words that jax.random draws from the key (entries 2**32 apart
+    share one). It is computed for an entry alone, where it is used, so that arrays may be split among devices and XLA
+    need not keep it; jax.random's own bits for all entries took a twentieth of a BERT step on a CPU, and a third of its
+    compilation.
 
     Args:
         x: any shape.
@@ -141,7 +173,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
     index = sum(lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(s) for axis, s in enumerate(strides))
     draws = _mixed(_mixed(index ^ first) + second)
-    return jnp.where(draws >= jnp.uint32(dropped), x * (2**32 / (2**32 - dropped)), 0.0).astype(x.dtype)
+    kept = x.astype(jnp.float32) * (2**32 / (2**32 - dropped))
+    return jnp.where(draws >= jnp.uint32(dropped), kept, 0.0).astype(x.dtype)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

@@ -18,27 +18,8 @@ from jaxtl.models import kernels
 trunc_normal = nnx.initializers.truncated_normal(0.02)  # the initialisation of BERT and ViT
 
 
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """Gaussian error linear unit (Hendrycks and Gimpel, 2016), by the error function as in the papers' own code."""
-    return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
-
-
-def _gelu_forward(x):
-    return gelu(x), x
-
-
-def _gelu_backward(x, gradient):
-    x = lax.optimization_barrier(x)
-    below = 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
-    return (gradient * (below + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
-
-
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": gelu,
+    "gelu": kernels.gelu,
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,

@@ -38,8 +38,9 @@ def compile_step(
     """
     shapes = lengths if isinstance(dataset.inputs, Ragged) else (0,)
     lowered = [step.lower(*before, abstract_batch(dataset, batch_size, length, layout), *after) for length in shapes]
+    options = kernels.compiler_options()
     with ThreadPoolExecutor() as threads:  # XLA compiles outside of Python's lock
-        programs = threads.map(lambda one: one.compile(kernels.compiler_options()), lowered)
+        programs = threads.map(lambda one: one.compile(options), lowered)
         by_length = dict(zip(shapes, programs, strict=True))
 
     def call(*arguments: Any) -> Any:

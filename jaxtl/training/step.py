@@ -84,7 +84,7 @@ def train_step(
     loss_fn = loss(structure, frozen_stages, start, remat=remat, layout=layout)
 
     def gradients_of(trainable: stages.Params, frozen: stages.Params, raw: Batch, key: jax.Array):
-        """Returns the gradients of the loss, of several parts of its sum and not its mean, and the figures."""
+        """Returns the gradients of the mean loss, or of the sum where parts are added up, and the figures."""
         prepare_key, dropout_key = jax.random.split(key)
         batch = prepare(raw, prepare_key)
 

@@ -1,6 +1,7 @@
 """Layers shared by all models: dropout's rates, matrix products, attention over texts of different lengths."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def test_keys_drop_independently_of_one_another():
     assert np.abs(kept.mean(axis=0) - 0.5).max() < 6 * (0.25 / len(kept)) ** 0.5
 
 
-def test_draws_are_those_of_murmurhash():
+def test_words_are_mixed_as_in_murmurhash():
     """By its reference code, smhasher's `fmix32`."""
     np.testing.assert_array_equal(
         kernels._mixed(jnp.array([0, 1, 2, 0xFFFFFFFF], jnp.uint32)),
@@ -52,34 +53,78 @@ def test_draws_are_those_of_murmurhash():
     )
 
 
-def test_rates_of_none_and_of_all():
+def test_rates_that_round_to_none_and_to_all():
     x = jnp.ones((4, 5))
-    np.testing.assert_array_equal(kernels.dropout(x, 0.0, KEY), x)
-    np.testing.assert_array_equal(kernels.dropout(x, 1.0, KEY), jnp.zeros_like(x))
+    for rate in (0.0, 1e-12):
+        np.testing.assert_array_equal(kernels.dropout(x, rate, KEY), x)
+    for rate in (1.0 - 1e-12, 1.0):
+        np.testing.assert_array_equal(kernels.dropout(x, rate, KEY), jnp.zeros_like(x))
     np.testing.assert_array_equal(kernels.dropout(x, 0.5, None), x)
 
 
-def test_nothing_is_kept_for_dropout_but_its_key():
-    """Neither random bits nor a mask, which of attention would be as large as the scores."""
-    x = jax.ShapeDtypeStruct((64, 64, 1024), jnp.float32)
-    loss = jax.value_and_grad(lambda x, key: jnp.sum(jnp.square(kernels.dropout(x, 0.1, key))))
-    memory = jax.jit(loss).lower(x, KEY).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < x.size // 4
+def kept_arrays(loss, *arguments):
+    """Returns the dtypes and shapes of all arrays that a compiled gradient writes to memory."""
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile(kernels.compiler_options()).as_text()
+    entry = program[program.index("\nENTRY") :]
+    return re.findall(r"= (\w+)\[([\d,]*)\]", entry)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA keeps is its own choice on every backend")
+def test_a_cpu_keeps_neither_random_bits_nor_a_mask_of_dropout():
+    """Of attention a mask would be as many entries as there are scores."""
+    kernel = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+    def loss(first, second):
+        hidden = kernels.matmul(jnp.ones((256, 64)), first, None, jnp.float32)
+        return jnp.sum(jnp.square(kernels.matmul(kernels.dropout(hidden, 0.1, KEY), second, None, jnp.float32)))
+
+    written = kept_arrays(loss, kernel, kernel)
+    assert ("f32", "256,64") in written
+    assert not {(dtype, "256,64") for dtype in ("pred", "u32", "u16", "u8")} & set(written)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA keeps is its own choice on every backend")
+def test_a_cpu_keeps_of_gelu_what_goes_in_and_what_comes_out():
+    def loss(first, second):
+        hidden = kernels.matmul(jnp.ones((256, 48)), first, None, jnp.float32)
+        return jnp.sum(jnp.square(kernels.matmul(kernels.gelu(hidden), second, None, jnp.float32)))
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((48, 96), (96, 48))]
+    # The product, GELU of it, and their two gradients.
+    assert kept_arrays(loss, *shapes).count(("f32", "256,96")) == 4
 
 
 def test_gelu_is_the_exact_one_in_value_and_gradient():
-    x = np.linspace(-12, 12, 2001, dtype=np.float32)
-    values, gradients = jax.vmap(jax.value_and_grad(layers.gelu))(jnp.asarray(x))
-    below = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.astype(float)])
-    density = np.exp(-0.5 * x.astype(float) ** 2) / math.sqrt(2 * math.pi)
+    values, gradients, exact, slope = gelu(jnp.float32)
     # Two units in the last place of 1, which the error function ends at, times the |x| of up to 5 where it still moves.
-    np.testing.assert_allclose(values, x * below, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(gradients, below + x * density, atol=1e-6)
+    np.testing.assert_allclose(values, exact, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gradients, slope, atol=1e-6)
+
+
+def test_gelu_of_bfloat16_is_rounded_once():
+    values, gradients, exact, slope = gelu(jnp.bfloat16)
+    # Eight bits: half a unit in the last place is 2**-9 of a value.
+    np.testing.assert_allclose(values, exact, rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(gradients, slope, rtol=2**-8, atol=1e-6)
+
+
+def gelu(dtype):
+    """Returns ours, and those of double precision: values and derivatives."""
+    x = jnp.linspace(-12, 12, 2001).astype(dtype)
+    values, gradients = jax.vmap(jax.value_and_grad(kernels.gelu))(x)
+    x = np.asarray(x, float)
+    below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
+    density = np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+    return np.asarray(values, float), np.asarray(gradients, float), x * below, below + x * density
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_dropout_keeps_the_dtype(dtype):
-    assert kernels.dropout(jnp.ones((4, 5), dtype), 0.3, KEY).dtype == dtype
+def test_dropout_keeps_the_dtype_and_rounds_once(dtype):
+    x = jnp.arange(1, 101).astype(dtype)
+    dropped = kernels.dropout(x, 0.1, KEY)
+    assert dropped.dtype == dtype
+    dropped, once = np.asarray(dropped, float), np.asarray((np.asarray(x, float) / 0.9).astype(dtype), float)
+    np.testing.assert_allclose(dropped, np.where(dropped == 0, 0, once), rtol=2e-7)  # the factor is float32
 
 
 def test_product_with_a_transposed_kernel_is_the_same_in_value_and_gradients():
@@ -96,6 +141,38 @@ def test_product_with_a_transposed_kernel_is_the_same_in_value_and_gradients():
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(ours[1][0], expected[1][0], atol=1e-5)
     np.testing.assert_allclose(ours[1][1].T, expected[1][1], atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is XLA's CPU backend that would")
+def test_no_operand_of_a_product_is_transposed_on_a_cpu():
+    """XLA would do it entry by entry, across the caches, computing GELU anew on the way: a tenth of a BERT step."""
+    mlp = layers.Mlp(96, 160, activation="gelu", dtype=jnp.float32, rngs=nnx.Rngs(0))
+    structure, params = nnx.split(mlp)
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(nnx.merge(structure, params)(x)))
+
+    x = jax.ShapeDtypeStruct((8, 16, 96), jnp.float32)
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile(kernels.compiler_options()).as_text()
+    assert "f32[128,160]" in program
+    assert not {"f32[160,128]", "f32[96,128]"} & set(re.findall(r"f32\[[\d,]*\]", program))
+
+
+def test_gradient_of_the_bias_is_the_sum_over_all_rows():
+    random = np.random.default_rng(0)
+    x, direction = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((2, 3, 8), (2, 3, 5)))
+
+    def gradient(dtype):
+        dense = layers.Dense(8, 5, dtype=dtype, rngs=nnx.Rngs(0))
+        structure, params = nnx.split(dense)
+        loss = jax.grad(lambda params: jnp.sum(nnx.merge(structure, params)(x) * direction))
+        return loss(params)["bias"][...]
+
+    np.testing.assert_allclose(gradient(jnp.float32), direction.sum((0, 1)), atol=1e-6)
+    # Each of six values is rounded to 8 bits, and their sum is not.
+    rounded = np.asarray(direction.astype(jnp.bfloat16).astype(jnp.float32)).sum((0, 1))
+    np.testing.assert_allclose(gradient(jnp.bfloat16), rounded, atol=1e-6)
+    assert gradient(jnp.bfloat16).dtype == jnp.float32
 
 
 def attention(dtype=jnp.float32):

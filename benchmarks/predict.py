@@ -77,7 +77,7 @@ def bare(run: Path, file: Path) -> dict[str, Any]:
             batches.append(stages.Sequence(ids.padded(full, length), ids.lengths[full].astype(np.int32)))
     net, params = run_params(finished)
     params, forward = jax.device_put(params), step.forward(net.structure, step.unchanged)
-    forward = jax.jit(forward, compiler_options=kernels.compiler_options())
+    forward = jax.jit(forward, compiler_options=kernels.compiler_options(finished.experiment.train.precision))
 
     def passes(over: list[stages.Sequence]) -> float:
         started = time.perf_counter()

@@ -241,7 +241,7 @@ class _Member:
         net, params = run_params(run)
         self._params = jax.device_put(params)
         forward = step.forward(net.structure, self._preparation(run))
-        self._step = jax.jit(forward, compiler_options=kernels.compiler_options())
+        self._step = jax.jit(forward, compiler_options=kernels.compiler_options(run.experiment.train.precision))
 
     def forward(self, inputs: Any) -> jax.Array:
         """Returns the logits of a batch, before they are computed."""

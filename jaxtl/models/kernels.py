@@ -19,16 +19,21 @@ _SCORES_AT_ONCE, _SCORES_OF_A_PART = 16 * 2**20, 4 * 2**20
 
 
 @functools.cache
-def compiler_options() -> dict[str, str]:
+def compiler_options(precision: str) -> dict[str, str]:
     """Returns what XLA is to be told when it compiles steps for this backend.
 
     On a CPU: not to hand groups of operations to YNNPACK. It gains some percent where all arrays stay in the caches,
-    and loses where they do not (jax 0.10.2: DINOv2 forwards take 1.25 times as long, VGG19's last convolutions with
-    their gradients 1.5 times, BERT with its gradients the same).
+    and loses where they do not (jax 0.10.2, float32: DINOv2 forwards take 1.25 times as long, VGG19's last convolutions
+    with their gradients 1.5 times, BERT with its gradients the same). Products of bfloat16 are left to it one by one:
+    XLA's own take twice as long.
+
+    Args:
+        precision: `float32` or `bfloat16`, that of the products.
     """
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     if jax.default_backend() != "cpu":
         return {}
+    handed = {"float32": "", "bfloat16": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}[precision]
+    options = {"xla_cpu_experimental_ynn_fusion_type": handed}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # a version of XLA that has no such choice

@@ -292,9 +292,7 @@ class _Prefix:
     def __call__(self, batch: dict[str, Any], key: tuple[jax.Array, ...]) -> Any:
         if len(key) not in self._compiled:
             begun, size = time.perf_counter(), self._this.experiment.train.eval_batch_size
-            self._compiled[len(key)] = compile_step(
-                self._step, self._params, self._like, size, self._this.lengths, self._this.layout, key
-            )
+            self._compiled[len(key)] = compile_step(self._step, self._params, self._like, size, self._this, key)
             self.seconds_compile += time.perf_counter() - begun
         return self._compiled[len(key)](*self._params, batch, *key)
 

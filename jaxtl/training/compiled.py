@@ -1,7 +1,7 @@
 """Steps compiled before they are needed, for every shape that their batches have."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxtl.data.listing import Examples, Ragged
 from jaxtl.models import kernels, stages
+from jaxtl.training.setup import Setup
 from jaxtl.training.sharding import Layout
 
 T = TypeVar("T")
@@ -18,13 +19,7 @@ BATCH = 2  # position of the batch among the arguments of every step
 
 
 def compile_step(
-    step: Any,
-    before: tuple,
-    dataset: Examples,
-    batch_size: int,
-    lengths: Sequence[int],
-    layout: Layout,
-    after: tuple = (),
+    step: Any, before: tuple, dataset: Examples, batch_size: int, this: Setup, after: tuple = ()
 ) -> Callable:
     """Returns the jitted `step(*before, batch, *after)`, compiled for the batches of a data set.
 
@@ -33,12 +28,13 @@ def compile_step(
         before, after: its other arguments, or abstract ones like them.
         dataset: what the batches are made of.
         batch_size: their rows.
-        lengths: of the batches, where the inputs are sequences.
-        layout: where the batches lie.
+        this: the run: lengths of the batches, where they lie, the precision of the step.
     """
-    shapes = lengths if isinstance(dataset.inputs, Ragged) else (0,)
-    lowered = [step.lower(*before, abstract_batch(dataset, batch_size, length, layout), *after) for length in shapes]
-    options = kernels.compiler_options()
+    shapes = this.lengths if isinstance(dataset.inputs, Ragged) else (0,)
+    lowered = [
+        step.lower(*before, abstract_batch(dataset, batch_size, length, this.layout), *after) for length in shapes
+    ]
+    options = kernels.compiler_options(this.experiment.train.precision)
     with ThreadPoolExecutor() as threads:  # XLA compiles outside of Python's lock
         programs = threads.map(lambda one: one.compile(options), lowered)
         by_length = dict(zip(shapes, programs, strict=True))

@@ -125,12 +125,7 @@ def evaluator(
     batch_size = this.experiment.train.eval_batch_size
     make = step.score if hidden else step.forward
     compiled = compile_step(
-        make(this.net.structure, prepare, start, layout=this.layout),
-        (params, frozen),
-        like,
-        batch_size,
-        this.lengths,
-        this.layout,
+        make(this.net.structure, prepare, start, layout=this.layout), (params, frozen), like, batch_size, this
     )
 
     def evaluate(params: stages.Params, examples: Examples) -> Evaluation:

@@ -174,7 +174,7 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     key = layout.put_key(jax.random.fold_in(jax.random.key(settings.seed), 1))
     begun = time.perf_counter()
     train_step = compile_step(
-        this.train_step(prepare, start), (state, frozen), splits[0], settings.batch_size, this.lengths, layout, (key,)
+        this.train_step(prepare, start), (state, frozen), splits[0], settings.batch_size, this, (key,)
     )
     evaluate = evaluator(this, prepare, start, state.params, frozen, splits[1])
     seconds["compile"] += time.perf_counter() - begun

@@ -64,7 +64,7 @@ def test_rates_that_round_to_none_and_to_all():
 
 def kept_arrays(loss, *arguments):
     """Returns the dtypes and shapes of all arrays that a compiled gradient writes to memory."""
-    program = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile(kernels.compiler_options()).as_text()
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile(kernels.compiler_options("float32")).as_text()
     entry = program[program.index("\nENTRY") :]
     return re.findall(r"= (\w+)\[([\d,]*)\]", entry)
 
@@ -153,7 +153,7 @@ def test_no_operand_of_a_product_is_transposed_on_a_cpu():
         return jnp.sum(jnp.square(nnx.merge(structure, params)(x)))
 
     x = jax.ShapeDtypeStruct((8, 16, 96), jnp.float32)
-    program = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile(kernels.compiler_options()).as_text()
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile(kernels.compiler_options("float32")).as_text()
     assert "f32[128,160]" in program
     assert not {"f32[160,128]", "f32[96,128]"} & set(re.findall(r"f32\[[\d,]*\]", program))
 

@@ -143,6 +143,13 @@ def test_product_with_a_transposed_kernel_is_the_same_in_value_and_gradients():
     np.testing.assert_allclose(ours[1][1].T, expected[1][1], atol=1e-5)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="nothing is said to XLA elsewhere")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_xla_knows_what_it_is_told_on_a_cpu(precision):
+    """What it does not know is left out, so that a newer XLA can be used: here it must not be."""
+    assert kernels.compiler_options(precision)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is XLA's CPU backend that would")
 def test_no_operand_of_a_product_is_transposed_on_a_cpu():
     """XLA would do it entry by entry, across the caches, computing GELU anew on the way: a tenth of a BERT step."""

@@ -17,7 +17,6 @@ from jaxtl.models import kernels
 
 trunc_normal = nnx.initializers.truncated_normal(0.02)  # the initialisation of BERT and ViT
 
-
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": kernels.gelu,
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),

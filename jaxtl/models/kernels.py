@@ -58,6 +58,23 @@ def _product(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[
     return lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=jnp.float32)
 
 
+def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
+    return _product(a, b, *(tuple(range(a.ndim - 1)),) * 2)
+
+
+def outer(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the sum over all rows of their outer products, as `matmul` has the gradient of a kernel.
+
+    Args:
+        a, b: [..., n] and [..., m].
+        dtype: compute dtype.
+
+    Returns:
+        [n, m] float32.
+    """
+    return _outer(_operand(a, dtype), _operand(b, dtype))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jnp.dtype, axis: int = 0) -> jax.Array:
     """Returns `x @ kernel + bias` in float32, operands of the product cast to `dtype`.
@@ -85,11 +102,9 @@ def _matmul_forward(x, kernel, bias, dtype, axis):
 def _matmul_backward(dtype, axis, saved, gradient):
     rows, kernel, bias, like = saved
     shape, gradient = gradient.shape[:-1], _operand(gradient, dtype)
-    leading = tuple(range(rows.ndim - 1))
     x_gradient = _product(gradient, _operand(kernel, dtype), (gradient.ndim - 1,), (1 - axis,))
-    operands = (rows, gradient) if axis == 0 else (gradient, rows)
-    kernel_gradient = _product(*operands, leading, leading)
-    bias_gradient = None if bias is None else jnp.sum(gradient, leading, jnp.float32)
+    kernel_gradient = _outer(rows, gradient) if axis == 0 else _outer(gradient, rows)
+    bias_gradient = None if bias is None else jnp.sum(gradient, tuple(range(rows.ndim - 1)), jnp.float32)
     return x_gradient.reshape(*shape, kernel.shape[axis]).astype(like.dtype), kernel_gradient, bias_gradient
 
 

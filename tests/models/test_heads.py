@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtl.models import heads, presets, stages
+from jaxtl.models import gru, heads, presets, stages
 from jaxtl.weights import convert, tables
 
 BATCH, LENGTH, INPUTS, HIDDEN = 4, 11, 24, 16
@@ -34,16 +34,15 @@ def bigru(dtype=jnp.float32):
     return stages.Staged([("head", head)])
 
 
-def recurrent_parameters(structure, params, x, direction):
-    """Last states, and the gradients of their product with `direction`, by parameter and of the input."""
+def recurrent_loss(structure, direction, dtype=jnp.float32):
+    """The product of the last states with `direction`, and the states: of parameters, values and lengths."""
 
-    def loss(params, values):
+    def loss(params, values, lengths):
         head = stages.bind(structure, params).head
-        states = heads.last_states(head.forward, head.backward, x._replace(values=values), jnp.float32)
+        states = gru.last_states(head.forward, head.backward, stages.Sequence(values, lengths), dtype)
         return jnp.sum(states * direction), states
 
-    gradients, states = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x.values)
-    return states, *gradients
+    return loss
 
 
 def test_gru_equals_torch_in_states_and_gradients():
@@ -69,8 +68,8 @@ def test_gru_equals_torch_in_states_and_gradients():
     expected = last.transpose(0, 1).reshape(BATCH, -1)  # [directions, batch, hidden]
     (expected * torch.from_numpy(direction)).sum().backward()
 
-    x = stages.Sequence(jnp.asarray(values), jnp.asarray(LENGTHS))
-    states, gradients, values_gradient = recurrent_parameters(structure, params, x, direction)
+    loss = recurrent_loss(structure, direction)
+    (gradients, values_gradient), states = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, values, LENGTHS)
     assert states.dtype == jnp.float32
     assert_close(states, expected.detach(), 2e-5, "states")
     assert_close(values_gradient, theirs.grad, 1e-4, "gradient of the input")
@@ -85,6 +84,48 @@ def test_gru_equals_torch_in_states_and_gradients():
     assert written.keys() == dict(reference.named_parameters()).keys()
     for path, value in convert.read(table, written, targets, "written").items():
         np.testing.assert_array_equal(value, params[path], path)
+
+
+def long_sequences():
+    """Structure, parameters, values and lengths of a GRU over 128 time steps, and the direction of its loss."""
+    structure, targets, _ = stages.abstract(lambda rngs: bigru())
+    random = np.random.default_rng(0)
+    params = {
+        path: jnp.asarray(random.uniform(-(HIDDEN**-0.5), HIDDEN**-0.5, leaf.shape), jnp.float32)
+        for path, leaf in targets.items()
+    }
+    values = jnp.asarray(random.standard_normal((BATCH, 128, INPUTS)), jnp.float32)
+    return structure, params, values, jnp.array([128, 100, 50, 3]), random.standard_normal((BATCH, 2 * HIDDEN))
+
+
+def test_gradients_of_the_gru_in_bfloat16_add_up_in_float32():
+    structure, params, values, lengths, direction = long_sequences()
+    exact, rounded = (
+        jax.jit(jax.grad(recurrent_loss(structure, direction, dtype), has_aux=True))(params, values, lengths)[0]
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    for path, value in exact.items():
+        if "recurrent" in path or "input" in path:
+            assert rounded[path].dtype == jnp.float32
+            # Operands are off by up to 2**-9 of them, at random; a sum kept in bfloat16 would lose what is added late.
+            assert_close(rounded[path], value, 2e-2, path)
+
+
+def test_loops_of_the_gru_hold_one_product_each():
+    """That of the states with the recurrent kernel, and its transpose; the kernel's gradient is made behind them."""
+    structure, params, values, lengths, direction = long_sequences()
+    traced = jax.make_jaxpr(jax.grad(recurrent_loss(structure, direction), has_aux=True))(params, values, lengths)
+
+    def loops(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                yield equation.params["jaxpr"].jaxpr
+            else:
+                for inner in jax.core.jaxprs_in_params(equation.params):
+                    yield from loops(inner)
+
+    products = [[e.primitive.name for e in loop.eqns].count("dot_general") for loop in loops(traced.jaxpr)]
+    assert products == [1, 1]
 
 
 def test_gru_starts_from_torchs_uniform_distribution():

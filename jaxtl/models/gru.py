@@ -43,11 +43,11 @@ def last_states(forward: Gru, backward: Gru, x: Sequence, dtype: jnp.dtype) -> j
         kernels.matmul(ordered, direction.input_kernel[...], direction.input_bias[...], dtype)
         for ordered, direction in zip((values, values[::-1]), directions, strict=True)
     )
-    within = jnp.arange(len(values))[:, None] < x.lengths  # [length, batch]
+    within = jnp.arange(values.shape[0])[:, None] < x.lengths  # [length, batch]
     within = jnp.stack([within, within[::-1]], axis=1)[..., None]
     kernel = jnp.stack([direction.recurrent_kernel[...] for direction in directions])
     bias = jnp.stack([direction.recurrent_bias[...] for direction in directions])[:, None]
-    return _last(inputs, within, kernel, bias, dtype).swapaxes(0, 1).reshape(len(x.lengths), -1)
+    return _last(inputs, within, kernel, bias, dtype).swapaxes(0, 1).reshape(values.shape[1], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

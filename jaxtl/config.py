@@ -128,7 +128,8 @@ class Text:
         download: whether the files of a published set may be fetched.
         tokenizer: folder or repository of the tokenizer. Empty: the one beside the weights.
         max_length: word pieces that are kept of a text, the special ones included.
-        buckets: number of lengths, chosen to fit the texts, that batches are filled up to; each is compiled once.
+        buckets: number of lengths, chosen to fit the texts, that batches are filled up to; each is compiled once. None:
+            as many as pay for their compilation, few for few texts.
         mask_rate: share of the word pieces that masked language modelling hides.
         train_size, eval_size: draw this many examples, stratified by class; None takes all.
         eval_fraction: the part split off for validation where there is no file for it.
@@ -146,7 +147,7 @@ class Text:
     download: bool = True
     tokenizer: str = ""
     max_length: int = 128
-    buckets: int = 4
+    buckets: int | None = None
     mask_rate: float = 0.15
     train_size: int | None = None
     eval_size: int | None = None

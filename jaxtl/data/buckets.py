@@ -8,8 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MOST = 16
+# What another length has to save in each epoch, in texts of mean length: the time of a few steps. Compiling it takes
+# that of some steps on a CPU and of hundreds on an accelerator, and an experiment has several epochs.
+_WORTH = 128
 
-def bucket_lengths(lengths: np.ndarray, count: int, limit: int, multiple: int = 8) -> tuple[int, ...]:
+
+def bucket_lengths(lengths: np.ndarray, count: int | None, limit: int, multiple: int = 8) -> tuple[int, ...]:
     """Returns the lengths that fill up the texts least, if each takes the smallest that holds it.
 
     Dynamic programming over the number of buckets and the longest one so far: exact, and quick, because only the
@@ -17,7 +22,7 @@ def bucket_lengths(lengths: np.ndarray, count: int, limit: int, multiple: int = 
 
     Args:
         lengths: `[n]` integers, at least one, none above `limit`.
-        count: the most buckets.
+        count: the most buckets. None: as many as pay for their compilation, at most `MOST`: many texts get more.
         limit: the longest bucket.
         multiple: buckets are multiples of this, or `limit`.
 
@@ -33,8 +38,8 @@ def bucket_lengths(lengths: np.ndarray, count: int, limit: int, multiple: int = 
 
     last = len(sizes)
     cost = np.concatenate([[0.0], np.full(last, np.inf)])  # of the first i sizes' texts, in the buckets so far
-    chosen = []
-    for _ in range(min(count, last)):
+    chosen, totals = [], []
+    for _ in range(min(MOST if count is None else count, last)):
         # sums[i - 1, j]: texts of sizes j .. i - 1 in one bucket, the first j sizes in the buckets before.
         choice, best = np.zeros(last + 1, np.int64), np.full(last + 1, np.inf)
         for i in range(1, last + 1):
@@ -43,6 +48,9 @@ def bucket_lengths(lengths: np.ndarray, count: int, limit: int, multiple: int = 
             best[i] = sums[choice[i]]
         cost = best
         chosen.append(choice)
+        totals.append(cost[last])
+    if count is None:
+        chosen = chosen[: 1 + np.argmin(totals + _WORTH * np.mean(lengths) * np.arange(len(totals)))]
     buckets = []
     for choice in reversed(chosen):
         buckets.append(int(sizes[last - 1]))

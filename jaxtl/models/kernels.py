@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # Attention scores of a batch larger than this, on a CPU, do not stay in its caches: they are made for a few examples at
 # a time, as many as fit in the second figure. Bytes.
@@ -19,13 +20,14 @@ _SCORES_AT_ONCE, _SCORES_OF_A_PART = 16 * 2**20, 4 * 2**20
 
 
 @functools.cache
-def compiler_options(precision: str) -> dict[str, str]:
+def compiler_options(precision: str) -> dict[str, str | bool]:
     """Returns what XLA is to be told when it compiles steps for this backend.
 
-    On a CPU: not to hand groups of operations to YNNPACK. It gains some percent where all arrays stay in the caches,
-    and loses where they do not (jax 0.10.2, float32: DINOv2 forwards take 1.25 times as long, VGG19's last convolutions
-    with their gradients 1.5 times, BERT with its gradients the same). Products of bfloat16 are left to it one by one:
-    XLA's own take twice as long.
+    On a CPU, two things. To find out where what is written in place need not be copied before: otherwise the
+    optimiser's moments are, in every step (jax 0.10.2: a twentieth of a BERT step). And not to hand groups of
+    operations to YNNPACK. It gains some percent where all arrays stay in the caches, and loses where they do not
+    (float32: DINOv2 forwards take 1.25 times as long, VGG19's last convolutions with their gradients 1.5 times, BERT
+    with its gradients the same). Products of bfloat16 are left to it one by one: XLA's own take twice as long.
 
     Args:
         precision: `float32` or `bfloat16`, that of the products.
@@ -33,12 +35,13 @@ def compiler_options(precision: str) -> dict[str, str]:
     if jax.default_backend() != "cpu":
         return {}
     handed = {"float32": "", "bfloat16": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}[precision]
-    options = {"xla_cpu_experimental_ynn_fusion_type": handed}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a version of XLA that has no such choice
-        return {}
-    return options
+    wanted = {"xla_cpu_experimental_ynn_fusion_type": handed, "xla_cpu_copy_insertion_use_region_analysis": True}
+    accepted = {}
+    for name, value in wanted.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # of a version of XLA that has no such choice
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+            accepted[name] = value
+    return accepted
 
 
 def _operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -59,7 +62,15 @@ def _product(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[
 
 
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
+    if jax.default_backend() == "cpu" and jax.device_count() == 1 and a.dtype == jnp.bfloat16:
+        # In the layout that YNNPACK takes. Of a sum over rows XLA's CPU backend makes one of float32, which takes twice
+        # as long. Not on several devices: what has its layout laid down is gathered from all of them.
+        return _rows(_product(_rows(a.T), _rows(b), (1,), (0,)))
     return _product(a, b, *(tuple(range(a.ndim - 1)),) * 2)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def outer(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:

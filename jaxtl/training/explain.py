@@ -191,7 +191,8 @@ def _prepared(experiment: Experiment, lengths: list[int]) -> str:
         return f"scaled {data.scale}, augmentation {data.augment}"
     hidden = f", {data.mask_rate:.0%} hidden" if experiment.model.head.kind == "mlm" else ""
     if not lengths:
-        return f"at most {data.buckets} lengths of batches, chosen when the tokenizer is at hand{hidden}"
+        most = "" if data.buckets is None else f"at most {data.buckets} "
+        return f"{most}lengths of batches chosen when the tokenizer is at hand{hidden}"
     return f"batches {', '.join(map(str, lengths))} word pieces long{hidden}"
 
 

@@ -41,6 +41,24 @@ def test_buckets_by_hand():
             buckets.bucket_lengths(wrong, 2, 64)
 
 
+def test_another_length_is_added_while_it_saves_the_tokens_of_128_texts():
+    """Exactly where the sum of both is least, so that few texts get one length and many get many."""
+    random, found = np.random.default_rng(0), []
+    for count in (30, 500, 5_000, 50_000):
+        lengths = random.integers(3, 129, count)
+        chosen = buckets.bucket_lengths(lengths, None, 128)
+        assert chosen == buckets.bucket_lengths(lengths, len(chosen), 128)
+        costs = [
+            padded(lengths, buckets.bucket_lengths(lengths, number, 128)) + 128 * number * lengths.mean()
+            for number in range(1, 17)
+        ]
+        assert len(chosen) == 1 + np.argmin(costs)
+        found.append(len(chosen))
+    assert found[0] == 1
+    assert found[-1] > 10
+    assert found == sorted(found)
+
+
 @settings(max_examples=150, deadline=None)
 @given(LENGTHS, st.integers(1, 12), st.integers(1, 4), st.none() | st.integers(0, 99))
 def test_every_row_comes_once_in_the_fewest_batches_of_the_smallest_shapes(lengths, batch_size, count, seed):

@@ -232,6 +232,16 @@ def test_programs_are_compiled_once_for_all_runs(here):
     assert programs() == kept
 
 
+@pytest.mark.parametrize(("chosen", "shown"), [((), "lengths of batches"), (("data.buckets=3",), "at most 3 lengths")])
+def test_explain_of_texts_says_how_lengths_are_chosen_before_there_is_a_tokenizer(here, capsys, chosen, shown):
+    (here / "texts.csv").write_text("text,label\n" + "".join(f"word {i},{'ab'[i % 2]}\n" for i in range(20)))
+    changes = ["model.preset=minilm_l6", "model.weights=org/not-here", "data.train=texts.csv", *chosen]
+    run("--experiment=text_csv", "--explain", *(f"--set={change}" for change in changes))
+    table = " ".join(capsys.readouterr().out.split())
+    assert shown in table
+    assert ("at most" in table) == bool(chosen)
+
+
 def test_explain_of_an_experiment_on_the_hub_needs_no_network(here, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run("--experiment=dinov2_cifar10", "--explain", "--set=data.source=digits", "--set=data.train_size=40",

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Where the number of lengths is not given: what another has to save in each epoch, in texts of mean length, and the most.
-# 128 texts are a few steps. Compiling takes the time of some steps on a CPU and of hundreds on an accelerator, and an
-# experiment has several epochs; tweets fill 88 % of batches of eight lengths, and of sixteen 92 %.
-_WORTH, _MOST = 128, 8
+# Where the number of lengths is not given: what another has to save in each epoch, in texts of mean length. They are a
+# few steps; compiling takes the time of some on a CPU and of hundreds on an accelerator, and there are several epochs.
+_WORTH = 128
+# And the most: tweets fill 88 % of batches of eight lengths, and 92 % of sixteen.
+_MOST = 8
 
 
 def bucket_lengths(lengths: np.ndarray, count: int | None, limit: int, multiple: int = 8) -> tuple[int, ...]:
@@ -27,7 +28,7 @@ def bucket_lengths(lengths: np.ndarray, count: int | None, limit: int, multiple:
         multiple: buckets are multiples of this, or `limit`.
 
     Returns:
-        At most `count` lengths, ascending; the last one holds every text.
+        Lengths, ascending; the last one holds every text.
     """
     if not len(lengths) or lengths.max() > limit:
         raise ValueError(f"{len(lengths)} lengths up to {max(lengths, default=0)}, limit {limit}")

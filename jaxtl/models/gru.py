@@ -38,20 +38,29 @@ def last_states(forward: Gru, backward: Gru, x: Sequence, dtype: jnp.dtype) -> j
     no token, which for the reversed one is at the start. The state is float32, operands of products have `dtype`.
     """
     directions = (forward, backward)
-    values = x.values.swapaxes(0, 1)  # [length, batch, inputs]
-    inputs = tuple(
-        kernels.matmul(ordered, direction.input_kernel[...], direction.input_bias[...], dtype)
-        for ordered, direction in zip((values, values[::-1]), directions, strict=True)
-    )
-    within = jnp.arange(values.shape[0])[:, None] < x.lengths  # [length, batch]
+    length = x.values.shape[1]
+
+    def both(name: str) -> list[jax.Array]:
+        return [getattr(direction, name)[...] for direction in directions]
+
+    # Examples come first as long as they can: on several devices each then has its own.
+    inputs = kernels.matmul(x.values, jnp.concatenate(both("input_kernel"), axis=-1), None, dtype)
+    inputs = (inputs + jnp.concatenate(both("input_bias"))).swapaxes(0, 1)
+    ahead, back = jnp.split(inputs, 2, axis=-1)  # [length, batch, 3 * hidden]
+    within = jnp.arange(length)[:, None] < x.lengths
     within = jnp.stack([within, within[::-1]], axis=1)[..., None]
-    kernel = jnp.stack([direction.recurrent_kernel[...] for direction in directions])
-    bias = jnp.stack([direction.recurrent_bias[...] for direction in directions])[:, None]
-    return _last(inputs, within, kernel, bias, dtype).swapaxes(0, 1).reshape(values.shape[1], -1)
+    states = _scan(
+        (ahead, back[::-1]),
+        within,
+        jnp.stack(both("recurrent_kernel")),
+        jnp.stack(both("recurrent_bias"))[:, None],
+        dtype,
+    )
+    return states.swapaxes(0, 1).reshape(x.values.shape[0], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _last(
+def _scan(
     inputs: tuple[jax.Array, jax.Array], within: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
     """Returns the last states, [2, batch, hidden] float32.
@@ -65,7 +74,7 @@ def _last(
         kernel, bias: recurrent ones of both, [2, hidden, 3 * hidden] and [2, 1, 3 * hidden].
         dtype: of the products' operands.
     """
-    return _last_forward(inputs, within, kernel, bias, dtype)[0]
+    return _scan_forward(inputs, within, kernel, bias, dtype)[0]
 
 
 def _products(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -74,7 +83,7 @@ def _products(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.dot_general(x.astype(dtype), kernel, dimensions, preferred_element_type=jnp.float32)
 
 
-def _last_forward(inputs, within, kernel, bias, dtype):
+def _scan_forward(inputs, within, kernel, bias, dtype):
     operand = kernel.astype(dtype)
 
     def step(h, now):
@@ -90,10 +99,9 @@ def _last_forward(inputs, within, kernel, bias, dtype):
     return states, (kept, within, kernel)
 
 
-def _last_backward(dtype, saved, gradient):
+def _scan_backward(dtype, saved, gradient):
     kept, within, kernel = saved
-    # Transposed once: within the loop, a CPU takes twice as long for the product by a kernel that lies the other way.
-    transposed = lax.optimization_barrier(kernel.astype(dtype).swapaxes(1, 2))
+    transposed = kernel.astype(dtype).swapaxes(1, 2)  # once, and not in the loop
 
     def step(gradient, now):
         """Goes on to the gradient of the state before; gives those of the inputs and of the recurrent products."""
@@ -108,10 +116,12 @@ def _last_backward(dtype, saved, gradient):
         return before, (tuple(of_inputs), tuple(of_recurrent))
 
     _, (of_inputs, of_recurrent) = lax.scan(step, gradient, (kept, within), reverse=True)
-    states = kept[0].swapaxes(0, 1)  # [2, length, batch, hidden]
-    of_kernel = [kernels.outer(h, gradient, dtype) for h, gradient in zip(states, of_recurrent, strict=True)]
-    of_bias = [jnp.sum(gradient, axis=(0, 1)) for gradient in of_recurrent]
+    of_kernel = [
+        kernels.outer(states.swapaxes(0, 1), rows.swapaxes(0, 1), dtype)
+        for states, rows in zip(kept[0].swapaxes(0, 1), of_recurrent, strict=True)
+    ]
+    of_bias = [jnp.sum(rows, axis=(0, 1)) for rows in of_recurrent]
     return of_inputs, None, jnp.stack(of_kernel), jnp.stack(of_bias)[:, None]
 
 
-_last.defvjp(_last_forward, _last_backward)
+_scan.defvjp(_scan_forward, _scan_backward)

@@ -23,9 +23,9 @@ _SCORES_AT_ONCE, _SCORES_OF_A_PART = 16 * 2**20, 4 * 2**20
 def compiler_options(precision: str) -> dict[str, str | bool]:
     """Returns what XLA is to be told when it compiles steps for this backend.
 
-    On a CPU, two things. To find out where what is written in place need not be copied before: otherwise the
-    optimiser's moments are, in every step (jax 0.10.2: a twentieth of a BERT step). And not to hand groups of
-    operations to YNNPACK. It gains some percent where all arrays stay in the caches, and loses where they do not
+    On a CPU, two things. To copy only what has to be kept when an array is written in place: it copies the optimiser's
+    moments in every step otherwise (jax 0.10.2: a twentieth of a BERT step). And not to hand groups of operations to
+    YNNPACK. It gains some percent where all arrays stay in the caches, and loses where they do not
     (float32: DINOv2 forwards take 1.25 times as long, VGG19's last convolutions with their gradients 1.5 times, BERT
     with its gradients the same). Products of bfloat16 are left to it one by one: XLA's own take twice as long.
 
@@ -66,7 +66,8 @@ def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
         # In the layout that YNNPACK takes. Of a sum over rows XLA's CPU backend makes one of float32, which takes twice
         # as long. Not on several devices: what has its layout laid down is gathered from all of them.
         return _rows(_product(_rows(a.T), _rows(b), (1,), (0,)))
-    return _product(a, b, *(tuple(range(a.ndim - 1)),) * 2)
+    leading = tuple(range(a.ndim - 1))
+    return _product(a, b, leading, leading)
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -163,7 +163,7 @@ def _traced(work: Work, batch: int) -> tuple[Setup, int, list[tuple[int, tuple[i
     classes, training, others = _IMAGES if isinstance(chosen.data, Images) else _TEXTS
     this = describe(chosen, None, classes, training, others)
     step, arguments = flops.training_step(this, getattr(chosen.data, "max_length", 0))
-    with kernels.plain_attention():
+    with kernels.plain():
         jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     needed, is_used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     state, resting, *_ = arguments

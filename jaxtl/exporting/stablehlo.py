@@ -49,7 +49,7 @@ def write(run: FinishedRun, folder: Path) -> None:
     net = network(experiment, len(run.class_names), run.folder)
     inputs = _inputs(run)
     function = _function(run, step.forward(net.structure, _preparation(run)), params)
-    with kernels.plain_attention():
+    with kernels.plain():
         exported = export.export(jax.jit(function), platforms=_PLATFORMS)(*inputs.values())
     with storage.written_whole(folder / ARTIFACT, binary=True) as file:
         file.write(exported.serialize())

@@ -9,7 +9,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from jaxtl.models import kernels, layers
 from jaxtl.models.stages import Staged
@@ -73,13 +72,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         del rng
-        y = lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = kernels.convolution(x, self.kernel[...], self.dtype)
         return jax.nn.relu(y + self.bias[...].astype(self.dtype))
 
 

@@ -50,7 +50,7 @@ def count(function: Callable, *args: Any) -> int:
         function: traceable.
         args: its arguments, or abstract ones like them.
     """
-    with kernels.plain_attention():  # the same count on every backend
+    with kernels.plain():  # the same count on every backend
         jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     # A gradient that nobody asked for is in the program as it was traced, and in none that is compiled.
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

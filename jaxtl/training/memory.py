@@ -88,7 +88,7 @@ def _residuals(this: Setup, learning: stages.Params, resting: stages.Params, row
         _, backward, _ = jax.vjp(lambda params: loss(params, resting, batch, batch, key), learning, has_aux=True)
         return jax.tree.leaves(backward)
 
-    with kernels.plain_attention():
+    with kernels.plain():
         jaxpr = jax.make_jaxpr(left)(learning, resting, batch, jax.eval_shape(lambda: jax.random.key(0))).jaxpr
     given = {*jaxpr.invars, *jaxpr.constvars}
     kept = {variable for variable in jaxpr.outvars if isinstance(variable, core.Var) and variable not in given}

@@ -25,7 +25,7 @@ IMAGES = config.Experiment(
 )
 # Whole, and divided: (devices, fsdp).
 FEW, SOME = ((1, 1), (2, 1), (4, 2)), ((1, 1), (2, 2), (8, 1))
-MANY = ((1, 1), (2, 2), (4, 1), (8, 1), (8, 8))
+MANY = ((1, 1), (2, 2), (8, 1), (8, 8))
 EVERYTHING, LAST, HEAD = "freeze=train_all()", 'freeze=train_from("block_4")', "freeze=train_head_only()"
 SLOW = pytest.mark.slow
 

@@ -3,15 +3,19 @@
 The reference runs in float64, so that the difference is our rounding: sums of up to 4608 float32 products (3 x 3 x 512)
 in a convolution have a relative error of about sqrt(4608) * 6e-8 = 4e-6, over 19 layers a few times that. A ReLU whose
 input is within rounding of zero may open on one side only, which shows in single gradients: hence 1e-4 of the largest
-for activations and 1e-3 in gradients for the worst entry, with a mean error below 1e-5 of the largest.
+for activations and 1e-3 in gradients for the worst entry, with a mean error below 1e-5 of the largest. Winograd's
+convolutions, on a CPU, round several times as much, and so many more ReLUs open on one side only: in the mean 1e-4 of
+the largest gradient. (cuDNN has them too.)
 """
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtl.models import presets, stages
+from jaxtl.models import kernels, presets, stages
 from jaxtl.weights import convert, files, tables
 
 torch = pytest.importorskip("torch")
@@ -61,12 +65,12 @@ def port(top):
     return tables.table(config, top=top), *stages.abstract(build)
 
 
-def close(ours, theirs, worst, what):
+def close(ours, theirs, worst, what, mean=1e-5):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape, what
     error, largest = np.abs(ours - theirs), np.abs(theirs).max()
     assert error.max() <= worst * largest, f"{what}: off by {error.max():.3g}, largest value {largest:.3g}"
-    assert error.mean() <= 1e-5 * largest, f"{what}: off by {error.mean():.3g} in the mean"
+    assert error.mean() <= mean * largest, f"{what}: off by {error.mean():.3g} in the mean"
 
 
 @pytest.mark.slow
@@ -92,18 +96,24 @@ def test_vgg19_equals_torch_at_every_stage_in_logits_and_gradients(tmp_path):
         if not isinstance(layer, torch.nn.Conv2d):  # a stage of ours is a convolution with its ReLU, or a pool
             theirs.append(x.detach().numpy().transpose(0, 2, 3, 1))
     logits = model.classifier(x.flatten(1))
-    ours = jax.jit(trace)(params)
-    for name, state in zip(names, theirs, strict=False):
-        close(ours[name], state, 1e-4, name)
-    close(ours["predictions"], logits.detach(), 1e-4, "logits")
-
     direction = np.random.default_rng(1).standard_normal(logits.shape)
     (logits * torch.from_numpy(direction)).sum().backward()
-    gradients = jax.jit(jax.grad(lambda p: jnp.sum(trace(p)["predictions"] * direction.astype(np.float32))))(params)
     expected = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     expected = convert.read(table, expected, targets, "gradients")
-    for path, value in expected.items():
-        close(gradients[path], value, 1e-3, path)
+
+    def loss(params):
+        outputs = trace(params)
+        return jnp.sum(outputs["predictions"] * direction.astype(np.float32)), outputs
+
+    for by_definition in (True, False):
+        with kernels.plain() if by_definition else contextlib.nullcontext():
+            # Not the same function twice: what JAX has traced it does not trace again.
+            gradients, ours = jax.jit(jax.grad(lambda params: loss(params), has_aux=True))(params)
+        for name, state in zip(names, theirs, strict=False):
+            close(ours[name], state, 1e-4, name)
+        close(ours["predictions"], logits.detach(), 1e-4, "logits")
+        for path, value in expected.items():
+            close(gradients[path], value, 1e-3, path, 1e-5 if by_definition else 1e-4)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxtl.models import stages
+from jaxtl.models import kernels, stages
 from jaxtl.training.sharding import Layout
 
 _ONE_DEVICE = Layout()
@@ -164,7 +164,7 @@ def forward(
 
     def step(trainable: stages.Params, frozen: stages.Params, raw: Batch, key: jax.Array | None = None) -> Any:
         model = stages.bind(structure, layout.gathered({**frozen, **trainable}))
-        return place(model(prepare(raw, key)["input"], start=start, stop=stop))
+        return place(_in_parts(model, prepare(raw, key)["input"], start, stop))
 
     return jax.jit(_exact(step))
 
@@ -180,9 +180,17 @@ def score(
     def step(trainable: stages.Params, frozen: stages.Params, raw: Batch) -> jax.Array:
         batch = prepare(raw, None)
         model = stages.bind(structure, layout.gathered({**frozen, **trainable}))
-        return layout.gathered(_figures(model(batch["input"], start=start), batch, raw))
+        return layout.gathered(_figures(_in_parts(model, batch["input"], start), batch, raw))
 
     return jax.jit(_exact(step))
+
+
+def _in_parts(model: stages.Staged, x: Any, start: str | None, stop: str | None = None) -> Any:
+    """Returns the output of stage `stop`, nothing random."""
+    values = stages.values(x)
+    # As many as a transformer makes of an image, or of what a convolution has made of one.
+    tokens = 256 if values.ndim == 4 else values.shape[1] if values.ndim == 3 or x is not values else 1
+    return kernels.in_parts(lambda part: model(part, start=start, stop=stop), x, tokens)
 
 
 def _parts(x: jax.Array, count: int) -> jax.Array:

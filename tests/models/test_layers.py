@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtl.models import kernels, layers
+from jaxtl.models import kernels, layers, stages
 
+ON_ONE_CPU = pytest.mark.skipif(jax.default_backend() != "cpu" or jax.device_count() > 1, reason="it is for one CPU")
 KEY = jax.random.key(0)
 
 
@@ -147,7 +148,7 @@ def test_product_with_a_transposed_kernel_is_the_same_in_value_and_gradients():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_xla_knows_what_it_is_told_on_a_cpu(precision):
     """What it does not know is left out, so that a newer XLA can be used: here it must not be."""
-    assert len(kernels.compiler_options(precision)) == 2
+    assert len(kernels.compiler_options(precision)) == {"float32": 2, "bfloat16": 1}[precision]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is XLA's CPU backend that would")
@@ -165,7 +166,23 @@ def test_no_operand_of_a_product_is_transposed_on_a_cpu():
     assert not {"f32[160,128]", "f32[96,128]"} & set(re.findall(r"f32\[[\d,]*\]", program))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.device_count() > 1, reason="it is for one CPU device")
+@ON_ONE_CPU
+@pytest.mark.parametrize(("batch", "tokens", "size"), [(8, 256, 8), (64, 256, 8), (12, 400, 4), (7, 400, 1), (4, 1, 4)])
+def test_forward_passes_take_as_many_examples_at_a_time_as_have_2048_tokens(batch, tokens, size):
+    x = stages.Sequence(jnp.arange(batch * 3.0).reshape(batch, 3), jnp.arange(batch))
+    seen = []
+
+    def function(part):
+        seen.append(part.values.shape[0])
+        return part._replace(values=2 * part.values[:, :, None])
+
+    found = jax.jit(lambda x: kernels.in_parts(function, x, tokens))(x)
+    assert set(seen) == {size}
+    np.testing.assert_array_equal(found.values, 2 * x.values[:, :, None])
+    np.testing.assert_array_equal(found.lengths, x.lengths)
+
+
+@ON_ONE_CPU
 def test_every_product_of_a_gradient_in_bfloat16_has_operands_of_bfloat16_on_a_cpu():
     """XLA would make the kernels' gradients of float32 copies, which takes twice as long."""
     mlp = layers.Mlp(96, 160, activation="gelu", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))

@@ -134,7 +134,7 @@ _PLAIN = contextvars.ContextVar("plain", default=False)
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Within it, all is traced as what defines it, and whole batches at once, on every backend."""
+    """Within it, attention, convolutions and forward passes are traced alike on every backend: by their definition."""
     token = _PLAIN.set(True)
     try:
         yield
@@ -155,8 +155,8 @@ def convolution(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if jax.default_backend() == "cpu" and jax.device_count() == 1 and not _PLAIN.get() and winograd.takes(x, kernel):
-        # A product of bfloat16 is exact in float32, and such products are added up in it.
-        return winograd.convolution(x.astype(jnp.float32), kernel.astype(jnp.float32)).astype(dtype)
+        # Sums of bfloat16 have more digits than it has.
+        return winograd.convolution(x, kernel.astype(jnp.float32)).astype(dtype)
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -267,11 +267,17 @@ def in_parts(function: Callable[[Any], Any], x: Any, tokens: int) -> Any:
     batch = jax.tree.leaves(x)[0].shape[0]
     if _PLAIN.get() or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return function(x)
-    size = max((n for n in range(1, batch + 1) if batch % n == 0 and n * tokens <= _TOKENS_OF_A_PART), default=1)
-    if size == batch:
+    count = -(-batch // max(1, _TOKENS_OF_A_PART // tokens))
+    if count == 1:
         return function(x)
-    parts = jax.tree.map(lambda leaf: leaf.reshape(batch // size, size, *leaf.shape[1:]), x)
-    return jax.tree.map(lambda leaf: leaf.reshape(batch, *leaf.shape[2:]), lax.map(function, parts))
+    size = -(-batch // count)
+
+    def parts(leaf: jax.Array) -> jax.Array:  # filled up with the last example
+        filled = jnp.pad(leaf, ((0, count * size - batch), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
+        return filled.reshape(count, size, *leaf.shape[1:])
+
+    found = lax.map(function, jax.tree.map(parts, x))
+    return jax.tree.map(lambda leaf: leaf.reshape(count * size, *leaf.shape[2:])[:batch], found)
 
 
 def attention(

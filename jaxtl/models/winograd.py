@@ -14,19 +14,23 @@ _SUMS_OF_A_PART = 32 * 2**20
 
 
 def takes(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `convolution` does, and gains: sides are even, and channels so many that sums cost less than products."""
-    height, width = x.shape[1:3]
+    """Whether `convolution` takes them, their sides being even, and gains.
+
+    It does where channels are many, so that sums cost less than products, and tiles, so that the kernel's sums do.
+    """
+    batch, height, width = x.shape[:3]
     inputs, outputs = kernel.shape[2:]
-    return height % 2 == width % 2 == 0 and min(inputs, outputs) >= 64 and inputs * outputs >= 64 * 128
+    wide = min(inputs, outputs) >= 64 and inputs * outputs >= 64 * 128
+    return height % 2 == width % 2 == 0 and wide and batch * height * width >= 1024
 
 
 @jax.custom_vjp
 def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns the convolution with stride 1 and zeros around: the size stays. Float32.
+    """Returns the convolution with stride 1 and zeros around, so that the size stays, in float32.
 
     Args:
         x: [batch, height, width, inputs], height and width even.
-        kernel: [3, 3, inputs, outputs].
+        kernel: [3, 3, inputs, outputs] float32.
     """
     return _forward(x, kernel)[0]
 
@@ -41,7 +45,8 @@ def _forward(x, kernel):
         ]
         return _to_image(_each(products, lax.optimization_barrier), part.shape)
 
-    return lax.map(convolve, _parts(x)).reshape(*x.shape[:3], kernel.shape[3]), (x, kernel)
+    found = lax.map(convolve, _parts(x, x.shape))
+    return found.reshape(-1, *x.shape[1:3], kernel.shape[3])[: x.shape[0]], (x, kernel)
 
 
 def _backward(saved, gradient):
@@ -56,20 +61,22 @@ def _backward(saved, gradient):
         return jax.tree.map(jnp.add, total, of_part), None
 
     nothing = [[jnp.zeros(kernel.shape[2:], jnp.float32)] * 4] * 4
-    total, _ = lax.scan(add, nothing, (_parts(x), _parts(gradient, like=x)))
+    total, _ = lax.scan(add, nothing, (_parts(x, x.shape), _parts(gradient, x.shape)))
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    return convolution(gradient, turned), _to_kernel(total)
+    return convolution(gradient, turned).astype(x.dtype), _to_kernel(total)
 
 
 convolution.defvjp(_forward, _backward)
 
 
-def _parts(x: jax.Array, like: jax.Array | None = None) -> jax.Array:
-    """[batch, ..] -> [parts, images of a part, ..]."""
-    batch, *shape = x.shape if like is None else like.shape
-    sums = 4 * 4 * shape[0] * shape[1] * shape[2]  # bytes of an image's: four times as many as it has entries
-    size = max((n for n in range(1, batch + 1) if batch % n == 0 and n * sums <= _SUMS_OF_A_PART), default=1)
-    return x.reshape(batch // size, size, *x.shape[1:])
+def _parts(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[batch, ..] -> [parts, images of a part, ..], filled up with zeros; how many, by the shape of the input."""
+    batch, height, width, channels = shape
+    sums = 4 * 4 * height * width * channels  # bytes of an image's: four times as many as it has entries
+    count = -(-batch // max(1, _SUMS_OF_A_PART // sums))
+    size = -(-batch // count)
+    filled = jnp.pad(x, ((0, count * size - batch), (0, 0), (0, 0), (0, 0)))
+    return filled.reshape(count, size, *x.shape[1:])
 
 
 # The algorithm's matrices, each applied to both axes of a tile: B transposed, G, A transposed, and their transposes. A
@@ -94,7 +101,7 @@ def _rows(x):
 def _of_image(x):
     """[images, height, width, channels] -> sixteen of [tiles, channels]."""
     images, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)))
 
     def corner(i, j):  # entry (i, j) of every tile
         return lax.slice(padded, (0, i, j, 0), (images, i + height - 1, j + width - 1, channels), (1, 2, 2, 1))

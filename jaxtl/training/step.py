@@ -186,11 +186,23 @@ def score(
 
 
 def _in_parts(model: stages.Staged, x: Any, start: str | None, stop: str | None = None) -> Any:
-    """Returns the output of stage `stop`, nothing random."""
-    values = stages.values(x)
-    # As many as a transformer makes of an image, or of what a convolution has made of one.
-    tokens = 256 if values.ndim == 4 else values.shape[1] if values.ndim == 3 or x is not values else 1
-    return kernels.in_parts(lambda part: model(part, start=start, stop=stop), x, tokens)
+    """Returns the output of stage `stop`, nothing random; all but the head in parts, see `kernels.in_parts`.
+
+    The head has little to do for an example, and of a text, token by token.
+    """
+    *backbone, head = model.stages
+    if start != head:
+        until = backbone[-1] if stop in (None, head) else stop
+        values = stages.values(x)
+        # Of images as many as there are patches of 14 x 14 pixels.
+        tokens = max(1, values.shape[1] * values.shape[2] // 196) if values.ndim == 4 else _tokens(x)
+        x = kernels.in_parts(lambda part: model(part, start=start, stop=until), x, tokens)
+    return model(x, start=head) if stop in (None, head) else x
+
+
+def _tokens(x: stages.Sequence | jax.Array) -> int:
+    """Returns the length of sequences, and of vectors 1."""
+    return stages.values(x).shape[1] if isinstance(x, stages.Sequence) or x.ndim == 3 else 1
 
 
 def _parts(x: jax.Array, count: int) -> jax.Array:

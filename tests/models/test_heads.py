@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 from jax.extend import core as jex
 
-from jaxtl.models import gru, heads, presets, stages
+from jaxtl.models import gru, heads, kernels, presets, stages
+from jaxtl.training import step
 from jaxtl.weights import convert, tables
 
 BATCH, LENGTH, INPUTS, HIDDEN = 4, 11, 24, 16
@@ -182,6 +183,19 @@ def test_text_gives_the_same_logits_alone_and_in_a_filled_up_batch(kind, reads):
         alone = run(params, stages.Sequence(x.values[row : row + 1, :length], x.lengths[row : row + 1]))
         # Products of other shapes add up in another order: a few float32 roundings of 6e-8 over two layers.
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [20, 40], ids=["three parts", "two parts of two"])
+@pytest.mark.parametrize(("kind", "reads"), HEADS)
+def test_forward_pass_in_parts_is_that_of_the_batch(kind, reads, tokens, monkeypatch):
+    structure, params, x = whole(kind, reads)
+    with kernels.plain():
+        expected = step.forward(structure, step.unchanged)(params, {}, {"input": x})
+    monkeypatch.setattr(kernels, "_TOKENS_OF_A_PART", tokens)
+    forward = step.forward(structure, step.unchanged)
+    assert ("scan" in str(jax.make_jaxpr(forward)(params, {}, {"input": x}))) == (jax.device_count() == 1)
+    # Products of other shapes add up in another order.
+    np.testing.assert_allclose(forward(params, {}, {"input": x}), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "reads"), HEADS)

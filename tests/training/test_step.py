@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtl import config, experiments
-from jaxtl.models import stages
+from jaxtl.models import kernels, stages
 from jaxtl.training import freeze, optim, step
 from jaxtl.training.network import initial_params
 from jaxtl.training.setup import describe
@@ -275,3 +275,17 @@ def test_no_activation_of_the_frozen_prefix_is_kept_for_a_backward_pass():
     activations = BATCH * TOKENS * WIDTH * 4
     # Training everything keeps at least 8 activations of width D a block (norms, query, key, value, attention, MLP).
     assert temporary(freeze.train_all()) - temporary(freeze.train_head_only()) > DEPTH * 8 * activations
+
+
+def test_images_forward_in_parts_are_those_of_the_batch(monkeypatch):
+    this, _, state, frozen = make(nano(freeze.train_all()))
+    stops = ("block_2", None)
+    with kernels.plain():
+        expected = [
+            step.forward(this.net.structure, prepare, stop=stop)(state.params, frozen, batch()) for stop in stops
+        ]
+    monkeypatch.setattr(kernels, "_TOKENS_OF_A_PART", 3)  # images of 8 x 8 pixels have one: parts of 2 of the 4
+    for stop, whole in zip(stops, expected, strict=True):
+        found = step.forward(this.net.structure, prepare, stop=stop)(state.params, frozen, batch())
+        assert found.shape == whole.shape
+        np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)

@@ -5,8 +5,8 @@ in a convolution have a relative error of about sqrt(4608) * 6e-8 = 4e-6, over 1
 input is within rounding of zero may open on one side only, which shows in single gradients: hence 1e-4 of the largest
 for activations and 1e-3 in gradients for the worst entry, with a mean error below 1e-5 of the largest. Winograd's
 convolutions, on a CPU, round several times as much. Gradients are within 1e-6 up to the first ReLU that opens on one
-side only, and 3e-2 of the norm below some, as each changes single gradients of one image in full; `test_winograd.py` has
-them without ReLUs. (cuDNN takes such convolutions too.)
+side only, and 3e-2 of the norm below some, as each changes single gradients of one image in full;
+`test_winograd.py` has them without ReLUs. (cuDNN takes such convolutions too.)
 """
 
 import contextlib

@@ -191,7 +191,7 @@ def _in_parts(model: stages.Staged, x: Any, start: str | None, stop: str | None 
     The head has little to do for an example, and of a text, token by token.
     """
     *backbone, head = model.stages
-    if start != head:
+    if backbone and start != head:
         until = backbone[-1] if stop in (None, head) else stop
         values = stages.values(x)
         # Of images as many as there are patches of 14 x 14 pixels.

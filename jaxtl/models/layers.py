@@ -58,11 +58,14 @@ class LayerNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return (self.normalised(x) * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+    def normalised(self, x: jax.Array) -> jax.Array:
+        """Returns what comes before scale and bias, float32."""
         x = x.astype(jnp.float32)
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        y = centred * lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
-        return y.astype(self.dtype)
+        return centred * lax.rsqrt(variance + self.epsilon)
 
 
 def split(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
@@ -75,6 +78,7 @@ class Attention(nnx.Module):
 
     With `lengths`, int32 [batch] and at least 1, no token takes anything from those beyond its example's length.
     With `leading`, only the first so many tokens ask: the result is [batch, leading, width].
+    With `norm`, the input goes through it first.
     """
 
     def __init__(
@@ -102,38 +106,47 @@ class Attention(nnx.Module):
         rng: jax.Array | None = None,
         lengths: jax.Array | None = None,
         leading: int | None = None,
+        norm: LayerNorm | None = None,
     ) -> jax.Array:
-        batch, tokens, width = x.shape
         if leading is not None:
-            return self.output(self._of_few(x, x[:, :leading], rng, lengths))
+            return self.output(self._of_few(x, rng, lengths, leading, norm))
+        x = x if norm is None else norm(x)
+        batch, tokens, width = x.shape
         query, key, value = (
             y.reshape(batch, tokens, self.heads, -1) for y in (self.query(x), self.key(x), self.value(x))
         )
         mixed = kernels.attention(query, key, value, rng, lengths, self.dropout)
         return self.output(mixed.reshape(batch, tokens, width))
 
-    def _of_few(self, x: jax.Array, asking: jax.Array, rng: jax.Array | None, lengths: jax.Array | None) -> jax.Array:
-        """Returns what the tokens `asking` take from all of `x`; neither keys nor values are made.
+    def _of_few(
+        self, x: jax.Array, rng: jax.Array | None, lengths: jax.Array | None, leading: int, norm: LayerNorm | None
+    ) -> jax.Array:
+        """Returns what the leading tokens take from all of `x`; neither keys nor values are made.
 
         With q = W_q a, the score of a token x is q . (W_k x) = (W_k^T q) . x, and the sum of p W_v x is W_v (sum of p
-        x): the kernels meet each asking token once, and not every token. The key's bias adds the same to all scores of
-        a query, which softmax takes away again.
+        x): the kernels meet each asking token once, and not every token. So do scale and bias of the norm before, whose
+        gradients would otherwise be sums over all tokens. The key's bias, and the norm's by way of the key, add the
+        same to all scores of a query, which softmax takes away again.
         """
         width = x.shape[-1]
+        x = x if norm is None else norm.normalised(x)
+        asking = x[:, :leading] if norm is None else x[:, :leading] * norm.scale[...] + norm.bias[...]
 
         def by_head(kernel: nnx.Param) -> jax.Array:  # -> [width, heads, width / heads]
             return kernel[...].reshape(width, self.heads, -1)
 
         query = self.query(asking).reshape(*asking.shape[:2], self.heads, -1)
-        query = kernels.einsum("brhd,chd->brhc", query, by_head(self.key.kernel), self.dtype)
-        scores = kernels.einsum("brhc,btc->bhrt", query, x, self.dtype)
+        query = kernels.einsum("brhd,chd->bhrc", query, by_head(self.key.kernel), self.dtype)
+        query = query if norm is None else query * norm.scale[...]
+        # Tokens before heads: on a CPU the products with all tokens, and their gradients, then take half as long.
+        scores = kernels.einsum("btc,bhrc->bthr", x, query, self.dtype).transpose(0, 2, 3, 1)
         weights = kernels.attention_weights(scores / math.sqrt(width // self.heads), rng, lengths, self.dropout)
-        mixed = kernels.einsum("bhrt,btc->brhc", weights, x, self.dtype)
-        mixed = kernels.einsum("brhc,chd->brhd", mixed, by_head(self.value.kernel), self.dtype)
+        mixed = kernels.einsum("bthr,btc->bhrc", weights.transpose(0, 3, 1, 2), x, self.dtype)
+        total = jnp.sum(weights, axis=-1, keepdims=True)  # dropout leaves weights that do not sum to one
+        mixed = mixed if norm is None else mixed * norm.scale[...] + total * norm.bias[...]
+        mixed = kernels.einsum("bhrc,chd->brhd", mixed, by_head(self.value.kernel), self.dtype)
         if self.value.bias is not None:
-            # Dropout leaves weights that do not sum to one.
-            total = jnp.sum(weights, axis=-1).swapaxes(1, 2)[..., None]
-            mixed = mixed + total * self.value.bias[...].reshape(self.heads, -1)
+            mixed = mixed + total.swapaxes(1, 2) * self.value.bias[...].reshape(self.heads, -1)
         return mixed.reshape(asking.shape).astype(self.dtype)
 
 

@@ -139,7 +139,7 @@ class Block(nnx.Module):
         scaled = self.config.layer_scale is not None
         rate = self.config.hidden_dropout
 
-        y = self.attention(self.norm1(x), attention_rng, leading=self.leading)
+        y = self.attention(x, attention_rng, leading=self.leading, norm=self.norm1)
         y = y * self.layer_scale1[...] if scaled else y
         x = (x[:, : self.leading] + kernels.dropout(y, rate, rng1)).astype(self.dtype)
         y = self.mlp(self.norm2(x))

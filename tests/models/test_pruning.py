@@ -1,6 +1,7 @@
 """A last block that computes only what the head reads gives the same answers and gradients as one that computes all."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -98,22 +99,48 @@ def test_what_reads_every_token_is_not_pruned(family, reads):
     assert presets.leading(config, reads) is None
 
 
-def test_dropout_of_the_weights_falls_on_what_keys_and_values_would_give():
-    """With the draws made for the few that ask, against keys and values made in full."""
+@pytest.mark.parametrize("normed", [False, True])
+def test_dropout_of_the_weights_falls_on_what_keys_and_values_would_give(normed):
+    """With the draws made for the few that ask, against keys and values made in full, of the normed input."""
     layer = layers.Attention(16, 2, dropout=0.4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    norm = layers.LayerNorm(16, epsilon=1e-6, dtype=jnp.float32)
     random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
     for dense in (layer.key, layer.value, layer.query):
-        dense.bias[...] = jnp.asarray(random.standard_normal(16), jnp.float32)
-        dense.kernel[...] = jnp.asarray(random.standard_normal((16, 16)), jnp.float32)
-    x = jnp.asarray(random.standard_normal((3, 6, 16)), jnp.float32)
+        dense.bias[...], dense.kernel[...] = normal(16), normal(16, 16)
+    norm.scale[...], norm.bias[...] = normal(16), normal(16)
+    x = normal(3, 6, 16)
+    of = norm(x) if normed else x
     lengths, key = jnp.array([6, 3, 1]), jax.random.key(3)
     query, keys, values = (
         dense(y).reshape(3, -1, 2, 8).swapaxes(1, 2)
-        for dense, y in ((layer.query, x[:, :2]), (layer.key, x), (layer.value, x))
+        for dense, y in ((layer.query, of[:, :2]), (layer.key, of), (layer.value, of))
     )
     weights = kernels.attention_weights(query @ keys.swapaxes(2, 3) / 8**0.5, key, lengths, 0.4)
     expected = layer.output((weights @ values).swapaxes(1, 2).reshape(3, 2, 16))
-    np.testing.assert_allclose(layer(x, key, lengths, leading=2), expected, rtol=1e-4, atol=1e-4)
+    found = layer(x, key, lengths, leading=2, norm=norm if normed else None)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_gradient_of_every_token_is_made_where_none_is_wanted():
+    """Of what enters the last block, cached; scale and bias of its first norm learn from sums over the tokens."""
+
+    def gradients_of_tokens(prune):
+        structure, params, _ = stages.abstract(build("vit", "cls", prune))
+        x = jax.ShapeDtypeStruct((4, 17, 64), jnp.float32)
+
+        def loss(params, x):
+            return jnp.sum(stages.bind(structure, params)(x, start="block_4"))
+
+        text = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
+        products = [line for line in text.splitlines() if re.search(r" (dot|custom-call|convolution)\(", line)]
+        return sum(bool(re.search(r"= f32\[(4,17,64|68,64)\]", line)) for line in products)
+
+    assert gradients_of_tokens(prune=False) > 0
+    assert gradients_of_tokens(prune=True) == 0
 
 
 def test_last_block_costs_a_fraction():

@@ -42,7 +42,7 @@ def divided_from(experiment):
         pytest.param(("images", SOME, LAST, "data.augment=crop_flip", "train.accumulate_steps=2"), marks=SLOW),
         pytest.param(("images", MANY, LAST), marks=SLOW),  # cached
         pytest.param(("images", SOME, HEAD, "plan.cache=off"), marks=SLOW),
-        pytest.param(("texts", SOME, EVERYTHING), marks=SLOW),
+        pytest.param(("texts", SOME, EVERYTHING, "data.buckets=1"), marks=SLOW),
         pytest.param(("texts", MANY, 'freeze=train_from("layer_2")'), marks=SLOW),  # cached, without padding
     ],
 )

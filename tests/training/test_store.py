@@ -28,7 +28,7 @@ def values(seed=0):
 
 def put(store, key, array):
     with store.create(key, array.shape, array.dtype, {"of": "a test"}) as entry:
-        entry.array[...] = array
+        entry.fill(array)
         entry.keep()
 
 

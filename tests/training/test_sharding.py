@@ -119,8 +119,9 @@ def test_gradients_of_trainable_leaves_alone_are_reduced_and_once(runs):
             assert not moved
         elif fsdp == 1:
             # Beside the gradients, the sums of losses, of right answers, of answers and of examples. The key's bias of
-            # the last block, 64 numbers, has none: the head's token asks without it.
-            assert trained - 64 <= moved["all-reduce"] <= trained + 16
+            # the last block, 64 numbers, has none: the head's token asks without it. Its first norm meets that token in
+            # three places with its scale and in two with its bias, each with a sum of its own.
+            assert trained - 64 <= moved["all-reduce"] <= trained + 3 * 64 + 16
             assert moved.keys() <= {"all-reduce", "all-gather"}
             # Answers of an evaluation, and activations that are kept, come together: of a batch.
             widest = experiment.train.eval_batch_size * 17 * 64

@@ -129,21 +129,20 @@ class Attention(nnx.Module):
         same to all scores of a query, which softmax takes away again.
         """
         width = x.shape[-1]
-        x = x if norm is None else norm.normalised(x)
-        asking = x[:, :leading] if norm is None else x[:, :leading] * norm.scale[...] + norm.bias[...]
+        x, scale, shift = (x, 1, 0) if norm is None else (norm.normalised(x), norm.scale[...], norm.bias[...])
+        asking = x[:, :leading] * scale + shift
 
         def by_head(kernel: nnx.Param) -> jax.Array:  # -> [width, heads, width / heads]
             return kernel[...].reshape(width, self.heads, -1)
 
         query = self.query(asking).reshape(*asking.shape[:2], self.heads, -1)
-        query = kernels.einsum("brhd,chd->bhrc", query, by_head(self.key.kernel), self.dtype)
-        query = query if norm is None else query * norm.scale[...]
+        query = kernels.einsum("brhd,chd->bhrc", query, by_head(self.key.kernel), self.dtype) * scale
         # Tokens before heads: on a CPU the products with all tokens, and their gradients, then take half as long.
         scores = kernels.einsum("btc,bhrc->bthr", x, query, self.dtype).transpose(0, 2, 3, 1)
         weights = kernels.attention_weights(scores / math.sqrt(width // self.heads), rng, lengths, self.dropout)
         mixed = kernels.einsum("bthr,btc->bhrc", weights.transpose(0, 3, 1, 2), x, self.dtype)
         total = jnp.sum(weights, axis=-1, keepdims=True)  # dropout leaves weights that do not sum to one
-        mixed = mixed if norm is None else mixed * norm.scale[...] + total * norm.bias[...]
+        mixed = mixed * scale + total * shift
         mixed = kernels.einsum("bhrc,chd->brhd", mixed, by_head(self.value.kernel), self.dtype)
         if self.value.bias is not None:
             mixed = mixed + total.swapaxes(1, 2) * self.value.bias[...].reshape(self.heads, -1)

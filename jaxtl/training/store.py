@@ -35,6 +35,7 @@ from jaxtl.progress import say
 ARRAY, DESCRIPTION = "array.bin", "array.json"
 _KEY = re.compile("[0-9a-f]{64}")  # whatever else lies in the folder is not ours to delete
 _TEMPORARY = ".jaxtl-"
+_TURN = ".lock"  # held by the process that deletes to make room, or begins an entry
 # On a file system without locks: a temporary folder in which nothing was written for so many seconds has no owner.
 _ABANDONED = 3600.0
 # Bytes left free on the disk: the run's own results are worth more than what can be computed again.
@@ -91,15 +92,14 @@ class Store:
         """
         size = math.prod(shape) * dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_abandoned()
-        self._make_room(size)
-        if shutil.disk_usage(self.folder).free < size + _SPARE:
-            raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB would leave less than {_SPARE / 1e9:g} GB on the disk")
         temporary = self._temporary()
-        temporary.mkdir()
         try:
-            file = (temporary / ARRAY).open("w+b")
-            _lock(file)
+            with storage.turn(self.folder / _TURN):  # what is not locked yet is not to be taken for abandoned
+                self._remove_abandoned()
+                self._make_room(size)
+                temporary.mkdir()
+                file = (temporary / ARRAY).open("w+b")
+                _lock(file)
             storage.reserve(file.fileno(), size)
             array = _mapped(file, dtype, "r+", shape)
             yield Incomplete(self, key, temporary, array, words)
@@ -118,9 +118,11 @@ class Store:
             raise OSError(f"the limit of {self._limit / 1e9:g} GB leaves no room for {size / 1e9:.3g} GB")
         for _, bytes_taken, path in sorted(entries):
             if taken <= self._limit:
-                return
+                break
             self._remove(path)
             taken -= bytes_taken
+        if shutil.disk_usage(self.folder).free < size + _SPARE:
+            raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB would leave less than {_SPARE / 1e9:g} GB on the disk")
 
     def _remove(self, entry: Path) -> None:
         """Under another name first: half an entry is not to be found."""

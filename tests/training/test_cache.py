@@ -43,7 +43,7 @@ def here(tmp_path):
 
 def entries(experiment):
     folder = experiment.plan.cache_dir
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return sorted(set(os.listdir(folder)) - {".lock"}) if os.path.isdir(folder) else []
 
 
 def run_prefix(experiment):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtl.training import store as store_module
 from jaxtl.training.store import ARRAY, DESCRIPTION, Store
 
 SHAPE = (6, 4)
@@ -37,7 +39,7 @@ def get(store, key, mapped=False):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
@@ -145,7 +147,7 @@ with store.create(key, {SHAPE}, np.dtype(np.float32), {{}}) as entry:
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert script(tmp_path, body).wait(60) == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
+    (left,) = tmp_path.glob(".jaxtl-*")
     store = Store(tmp_path, 1e6)
     assert get(store, KEYS[0]) is None
     if locks:
@@ -189,6 +191,23 @@ assert np.array_equal(store.load(key, {SHAPE}, np.dtype(np.float32), mapped=Fals
     assert [process.wait(60) for process in processes] == [0, 0]
     assert names(folder) == [KEYS[0]]
     np.testing.assert_array_equal(get(Store(folder, 1e6), KEYS[0]), values())
+
+
+def test_entry_that_another_run_begins_is_not_taken_for_abandoned(tmp_path, monkeypatch):
+    """Between the file and its lock, another run that looks for abandoned ones has to wait."""
+    others = []
+
+    def lock(file, locked=store_module._lock):
+        if not others:
+            others.append(threading.Thread(target=put, args=(Store(tmp_path, 1e6), KEYS[1], values(1))))
+            others[0].start()
+            others[0].join(0.3)  # it does not end before it is our turn no more
+        locked(file)
+
+    monkeypatch.setattr(store_module, "_lock", lock)
+    put(Store(tmp_path, 1e6), KEYS[0], values())
+    others[0].join(60)
+    assert names(tmp_path) == list(KEYS[:2])
 
 
 def test_entry_of_the_run_that_was_faster_is_used(tmp_path):
@@ -307,7 +326,7 @@ def test_last_gigabyte_of_the_disk_is_left_to_the_run(tmp_path, monkeypatch):
 def test_folder_deleted_while_filling_loses_the_entry_but_not_the_array(tmp_path):
     with Store(tmp_path, 1e6).create(KEYS[0], SHAPE, FLOAT32, {}) as entry:
         entry.array[...] = values()
-        (temporary,) = tmp_path.iterdir()
+        (temporary,) = tmp_path.glob(".jaxtl-*")
         for file in temporary.iterdir():
             file.unlink()
         temporary.rmdir()

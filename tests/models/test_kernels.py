@@ -4,8 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxtl.models import kernels
+
+XLA = {"implementation": "xla"}
+
+
+class CudaVersions:
+    """What JAX asks of the CUDA libraries."""
+
+    def cudnn_get_version():
+        return 91400
 
 
 def operands(batch=6, tokens=10, heads=3, width=8, dtype=jnp.float32):
@@ -44,6 +54,39 @@ def test_attention_a_few_examples_at_a_time(monkeypatch, lengths, part):
     )
     for ours, theirs in zip(jax.grad(loss, (0, 1, 2))(*given), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    # Where each of several devices has some of the examples, a loop over them would send all to each.
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert "scan" not in str(jax.make_jaxpr(lambda *given: loss(*given))(*given))  # traced anew
+
+
+@pytest.mark.parametrize("lengths", [None, jnp.array([9, 1, 4, 9, 9, 2])])
+@pytest.mark.parametrize("tokens", [9, 10])
+def test_fused_kernel_and_its_gradients(monkeypatch, lengths, tokens):
+    """cuDNN needs a GPU. JAX makes a program for one without it, having checked all that cuDNN asks for; its own
+    implementation of the same function gives the values."""
+    monkeypatch.setattr(kernels, "_cudnn", lambda query: True)
+    given = operands(tokens=tokens)
+    direction = operands(tokens=tokens)[0]
+
+    def loss(query, key, value):
+        return jnp.sum(kernels.attention(query, key, value, None, lengths, 0.0) * direction)
+
+    low = [x.astype(jnp.bfloat16) for x in given]
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_attention_stablehlo, "cuda_versions", CudaVersions)
+        program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*low).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn$fmhaSoftmaxBackward" in program
+
+    theirs = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *given, **settings: theirs(*given, **{**settings, **XLA})
+    )
+    found = kernels.attention(*given, None, lengths, 0.0), jax.grad(loss, (0, 1, 2))(*given)
+    monkeypatch.undo()
+    expected = kernels.attention(*given, None, lengths, 0.0), jax.grad(loss, (0, 1, 2))(*given)
+    within = np.arange(tokens) < (np.full(6, tokens) if lengths is None else np.asarray(lengths))[:, None]
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours[within], theirs[within], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [None, jnp.array([10, 1, 4, 10, 9, 2])])

@@ -150,15 +150,18 @@ def _prepare(experiment: Experiment, saved: checkpoint.Saved | None) -> _Ready:
     seconds = collections.Counter()
 
     prepare, start, once = preparation(this), None, None
-    if this.plan.cached:
+    began = saved and saved.record["origins"].get("cached")
+    if this.plan.cached and began == str(False):  # there was no room: other activations would be rounded otherwise
+        say("the frozen stages run in every step, as they did when the run in this folder began")
+    elif this.plan.cached:
         begun = time.perf_counter()
         once = cache.run_prefix(this, prepare, params, frozen, splits)
         seconds["cache"] += time.perf_counter() - begun
     origins["cached"] = str(once is not None)
-    if saved and saved.record["origins"].get("cached") != origins["cached"]:
+    if saved and began != origins["cached"]:
         raise UserError(
-            f"the run in this folder began with{'out' if once else ''} kept activations of the frozen stages, which "
-            "its plan now changes, and with it the rounding: put plan.cache_budget_gb, plan.cache_disk_gb, room on the "
+            "the run in this folder began with kept activations of the frozen stages, for which there is no room now, "
+            "and without them results are rounded otherwise: put plan.cache_budget_gb, plan.cache_disk_gb, room on the "
             "disk and the number of processes back to what they were, or --overwrite to start anew"
         )
     if once:

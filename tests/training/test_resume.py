@@ -572,6 +572,21 @@ def test_plan_that_changed_between_two_processes_is_refused(begun, monkeypatch):
         loop.train(experiment, folder)
 
 
+def test_run_that_began_without_room_for_activations_goes_on_without_them(tmp_path, monkeypatch, capsys):
+    """Room or none may change between two processes: a run that is queued again has nobody to look after it."""
+    with monkeypatch.context() as full:
+        full.setattr(loop.cache, "run_prefix", lambda *_: None)
+        whole = loop.train(IMAGES, tmp_path / "whole")
+        interrupt_at(full, 5)
+        with pytest.raises(interrupt.Interrupted):
+            loop.train(IMAGES, tmp_path / "parts")
+    monkeypatch.setattr(interrupt, "_asked", None)
+    capsys.readouterr()
+    assert figures(loop.train(IMAGES, tmp_path / "parts")) == figures(whole)
+    assert "the frozen stages run in every step, as they did" in capsys.readouterr().err
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("content", ["[1]", "3", "null", "{}", '{"accuracy": 1}', "\udcff"])
 def test_result_that_is_none_is_told(tmp_path, content):
     loop.train(change(IMAGES, "train.max_steps=1"), tmp_path / "run")

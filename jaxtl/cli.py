@@ -1,9 +1,11 @@
 """What the commands share: flags that suggest, and errors that the user can mend in one line, exit status 2."""
 
+import contextlib
 import errno
 import logging as standard_logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from types import ModuleType
@@ -106,12 +108,21 @@ def _keep_programs() -> None:
 
     JAX's own variables are respected where they are set; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     """
+    # Of a small network every program compiles in less than JAX's second, and all of them in ten.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # with its programs and their number jaxtl has nothing to do
     folder = cache_folder() / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # then every run compiles: nothing that a user must be told
         return
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
-    # Of a small network every program compiles in less than JAX's second, and all of them in ten.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    # JAX writes a program and then when it was used (jax 0.10.2). What was killed in between would keep it from
+    # writing any other.
+    for program in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):
+            used = program.with_name(program.name.removesuffix("-cache") + "-atime")
+            if not used.exists() and time.time() - program.stat().st_mtime > 60:
+                program.unlink()

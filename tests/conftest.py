@@ -9,6 +9,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+# Read by JAX when it is imported, here and in the processes that tests start. With a size its cache of programs has a
+# lock, as in jaxtl itself; test modules have it made when they are collected.
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -16,6 +23,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from jaxtl.data.listing import Examples
+
+# A machine that is busy is no failure, and the same examples are drawn each time.
+hypothesis.settings.register_profile("jaxtl", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("jaxtl")
 
 # For `benchmarks`, which is not installed. At the end: what is tested is the installed jaxtl, not the checkout's.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -55,9 +66,7 @@ def compiled_once(tmp_path_factory):
         base = tmp_path_factory.getbasetemp()
         folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # and with it a lock, as jaxtl itself has it
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # and of the processes that tests start
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,10 +18,9 @@ def main(moment: str, arguments: list[str]) -> None:
     names, _, where = moment.partition("@")
 
     def send() -> None:
-        for number, name in enumerate(names.split(",")):
-            if number:
-                time.sleep(0.3)  # the first has been heard
+        for name in names.split(","):
             os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(0.3)  # until it has been heard, by another thread
 
     if ":" in where:
         module, _, rest = where.partition(":")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from jax._src.lru_cache import LRUCache
 from PIL import Image
 
-from jaxtl import main
+from jaxtl import cli, main
 from jaxtl.errors import UserError
 from jaxtl.models import presets
 from jaxtl.training import suite
@@ -230,6 +231,35 @@ def test_programs_are_compiled_once_for_all_runs(here):
     assert kept
     assert shell("--experiment=nano.py", "--workdir=two", "--set=train.seed=1", **settings).returncode == 0
     assert programs() == kept
+
+
+def test_program_that_was_half_written_does_not_keep_others_from_being_kept(tmp_path, monkeypatch):
+    """JAX looks for the second half of every program before it writes another."""
+    folder = tmp_path / "programs"
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAXTL_CACHE", str(tmp_path))
+    kept = LRUCache(str(folder), max_size=2**20)
+    kept.put("whole", b"1")
+    for name in ("half", "on_its_way"):
+        (folder / f"{name}-cache").write_bytes(b"2")
+    os.utime(folder / "half-cache", (0, 0))
+    cli._keep_programs()
+    assert {path.name for path in folder.glob("*-cache")} == {"whole-cache", "on_its_way-cache"}
+    (folder / "on_its_way-atime").write_bytes(bytes(8))
+    kept.put("other", b"3")
+    assert kept.get("other") == b"3"
+    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"]
+
+
+def test_folder_of_programs_that_the_user_has_named_is_left_to_jax(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
+    (tmp_path / "theirs-cache").write_bytes(b"1")
+    os.utime(tmp_path / "theirs-cache", (0, 0))
+    cli._keep_programs()
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ
+    assert (tmp_path / "theirs-cache").exists()
 
 
 @pytest.mark.parametrize(("chosen", "shown"), [((), "lengths of batches"), (("data.buckets=3",), "at most 3 lengths")])

@@ -32,6 +32,7 @@ URL = "gs://b/runs/x"
 
 @pytest.fixture
 def server(monkeypatch):
+    monkeypatch.setattr(interrupt, "_asked", None)  # put back, whatever a mirror notes after its test
     made = gcs_server.Server("b")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", made.url)
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # no search for credentials of a machine of Google's

@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from jaxtl import storage
 from jaxtl.errors import UserError, suggest
 from jaxtl.progress import say
 from jaxtl.storage import cache_folder
@@ -86,9 +87,13 @@ def fetch(name: str, download: bool) -> Path:
         if missing and not download:
             lacking = ", ".join(file.name for file in missing)
             raise UserError(f"there is no {lacking} in {folder}, and data.download is false: {by_hand}")
-        for file in missing:
-            say(f"fetching {entry.address}{file.name}")
-            _download(folder, file, entry, by_hand)
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            with storage.turn(folder / ".lock"):
+                for file in missing:
+                    if not _is_whole(folder, file, entry):  # fetched by another process meanwhile
+                        say(f"fetching {entry.address}{file.name}")
+                        _download(folder, file, entry, by_hand)
     except OSError as error:
         reason = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or error
         raise UserError(f"{folder}: {reason}; set JAXTL_CACHE to a folder that can be written to") from None

@@ -1,5 +1,6 @@
 """Fetching published data from a server of our own: once, whole or not at all, and one line for whatever goes wrong."""
 
+import concurrent.futures
 import contextlib
 import hashlib
 import http.server
@@ -81,7 +82,7 @@ def problem(download=True):
 
 
 def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".sha256"}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix == ".csv"}
 
 
 def test_files_are_fetched_once(server, folder):
@@ -90,6 +91,14 @@ def test_files_are_fetched_once(server, folder):
     assert server.requests == list(FILES)
     assert published.fetch("tiny", True) == published.fetch("tiny", False) == folder
     assert server.requests == list(FILES)
+
+
+def test_processes_that_start_together_fetch_once(server, folder):
+    """Or one would take away what another has found whole. Locks keep threads apart as they do processes."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(published.fetch, ["tiny"] * 4, [True] * 4)) == [folder] * 4
+    assert server.requests == list(FILES)
+    assert contents(folder) == FILES
 
 
 @pytest.mark.parametrize("name", list(FILES))

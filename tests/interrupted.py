@@ -1,6 +1,9 @@
 """A small run that is interrupted, killed and gone on with, and what of its lines must be the same afterwards."""
 
 import json
+import os
+import random
+import socket
 from pathlib import Path
 
 from jaxtl import config
@@ -15,6 +18,15 @@ IMAGES = config.Experiment(
     checkpoint=config.Checkpoint(every_steps=2),
 )
 _TIMES = ("seconds", "examples_per_second")
+
+
+def free_port() -> int:
+    """Returns a port for a process that binds it some seconds later: none that the system gives out meanwhile."""
+    for port in random.Random(os.getpid()).sample(range(20_000, 32_000), 100):
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("no port is free")
 
 
 def lines(folder: Path) -> list[dict]:

@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,9 +30,7 @@ def start(experiment, workdir, processes, moments=(), devices=1):
     """Begins the command in so many processes; `moments` are those of `faults`, by process."""
     path = workdir.parent / "experiment.json"
     path.write_text(config.to_json(experiment))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = interrupted.free_port()
     started = []
     for number in range(processes):
         flags = [f"--experiment={path}", f"--workdir={workdir}"]
@@ -190,9 +187,7 @@ def test_error_in_one_process_ends_all(two, tmp_path):
 
 def test_aborted_process_has_its_line_said_for_it_and_no_other_has(tmp_path):
     """The second computes for itself when the first is killed: JAX aborts it. The third has ended before, well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = interrupted.free_port()
     program = f"""
 import os, sys, time
 from jaxtl import cli, hosts
@@ -276,9 +271,7 @@ def test_flags_that_do_not_fit_are_told(given, message, monkeypatch):
 
 
 def test_one_process_of_one_runs():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = interrupted.free_port()
     flags = [f"--coordinator=127.0.0.1:{port}", "--process_count=1", "--process_id=0", "--list"]
     ended = subprocess.run([sys.executable, "-m", "jaxtl.main", *flags], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

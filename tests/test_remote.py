@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -510,9 +509,7 @@ def test_server_that_is_gone_at_the_end_costs_nothing_but_the_push(server, machi
 @pytest.mark.slow
 def test_two_processes_pull_each_for_itself_and_the_first_pushes(server, machine, settings, tmp_path):
     def both(*moments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            flags = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--process_count=2"]
+        flags = [f"--coordinator=127.0.0.1:{interrupted.free_port()}", "--process_count=2"]
         processes = [
             subprocess.Popen(
                 **command_line(tmp_path, "machine", settings, moment, *flags, f"--process_id={number}"),

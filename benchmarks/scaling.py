@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval
 from jaxtl import experiments
 from jaxtl.config import Images, override
 from jaxtl.models import kernels
-from jaxtl.training import flops, freeze, plan
+from jaxtl.training import flops, freeze, operations, plan
 from jaxtl.training.setup import Setup, count, describe
 
 
@@ -170,7 +170,7 @@ def _traced(work: Work, batch: int) -> tuple[Setup, int, list[tuple[int, tuple[i
     # As the leaves of the arguments come: all of the state, then the frozen parameters by path.
     before = len(jax.tree.leaves(state))
     frozen = [path for path, used in zip(sorted(resting), is_used[before:], strict=False) if used]
-    return this, flops.count(step, *arguments), list(products(needed)), [*state.params, *frozen]
+    return this, operations.count(step, *arguments), list(products(needed)), [*state.params, *frozen]
 
 
 def products(jaxpr: core.Jaxpr, turns: int = 1) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -16,6 +16,10 @@ from jaxtl.errors import UserError
 from jaxtl.models import stages
 from jaxtl.training import freeze
 
+# Kept activations take space, and time to read, which some frozen stages (embeddings alone, a first convolution) are
+# not worth: `auto` keeps none that save less than this part of a run's operations.
+_WORTH = 0.05
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -87,7 +91,7 @@ def views(experiment: Experiment, passes: float) -> int:
     return min(wanted, math.ceil(passes))
 
 
-def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes: float) -> Plan:
+def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes: float, prefix: float) -> Plan:
     """Returns the plan of an experiment. Pure.
 
     Args:
@@ -96,6 +100,7 @@ def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes:
         cache_bytes: space that the activations after the boundary take, of all examples of all splits, and all
             `views` of the training images; of several processes, a process's share.
         passes: over the training examples, in the whole run.
+        prefix: the part of a training step's operations that the frozen stages take.
 
     Raises:
         UserError: `plan.cache=on` or `plan.cached_views` where that cannot be.
@@ -113,6 +118,8 @@ def make(experiment: Experiment, boundary: str | None, cache_bytes: int, passes:
         against = changing
     elif passes <= 1 and settings.cache != "on":
         against = "no example is trained on twice"
+    elif settings.cache != "on" and not drawn and (saved := prefix * (1 - 1 / passes)) < _WORTH:
+        against = f"keeping {size} of activations would save {saved:.1%} of the operations; plan.cache=on does so"
     elif mapped and cache_bytes > settings.cache_disk_gb * 1e9:
         against = (
             f"the activations take {size}, plan.cache_budget_gb is {settings.cache_budget_gb:g}, "

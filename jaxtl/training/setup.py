@@ -1,6 +1,7 @@
 """All that is known of a run before any number is computed: shapes, labels, lengths, the plan."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtl.data import buckets, loader, sources, tokens
 from jaxtl.data.listing import Track, no_progress
 from jaxtl.errors import UserError
 from jaxtl.models import stages
-from jaxtl.training import freeze, optim, plan, sharding, step
+from jaxtl.training import freeze, operations, optim, plan, sharding, step
 from jaxtl.training.network import Network, locate, network, tokenizer_folder
 from jaxtl.weights import hub
 
@@ -106,7 +107,7 @@ def describe(
     steps_per_epoch = loader.steps_per_epoch(train_examples, settings.batch_size)
     steps = min(steps_per_epoch * settings.epochs, settings.max_steps or math.inf)
     passes = steps / steps_per_epoch
-    activations, cache_bytes = None, 0
+    activations, cache_bytes, share = None, 0, 0.0
     if boundary:
 
         def prefix(params: stages.Params, inputs: Any) -> Any:
@@ -118,12 +119,28 @@ def describe(
         tokens_kept = most if token_count is None else token_count
         cache_bytes = plan.cache_bytes(activations, examples, tokens_kept, experiment.plan.cache_dtype)
         cache_bytes = -(-cache_bytes // hosts.count())
+        share = _prefix_share(net, boundary, activations)
     width = getattr(net.config, "width", None)  # a convolutional network has no single one
     optimizer = optim.optimizer(experiment.optim, freeze.trained(labels), steps, width)
-    decided = plan.make(experiment, boundary, cache_bytes, passes)
+    decided = plan.make(experiment, boundary, cache_bytes, passes, share)
     return Setup(
         experiment, weights, net, labels, steps_per_epoch, steps, activations, decided, optimizer, lengths, tokenizer
     )
+
+
+def _prefix_share(net: Network, boundary: str, activations: Any) -> float:
+    """Returns the part of a training step's operations that the stages up to the boundary take.
+
+    Those after it count three times, forwards and for two gradients: where they are frozen in part, a little too much.
+    """
+
+    def forward(x: Any, params: stages.Params, start: str | None, stop: str | None) -> Any:
+        return stages.bind(net.structure, params)(x, start=start, stop=stop)
+
+    following = net.stages[net.stages.index(boundary) + 1]
+    prefix = operations.count(functools.partial(forward, start=None, stop=boundary), net.input, net.params)
+    rest = operations.count(functools.partial(forward, start=following, stop=None), activations, net.params)
+    return prefix / (prefix + 3 * rest)
 
 
 def look(

@@ -11,7 +11,7 @@ import pytest
 from jaxtl import config, experiments
 from jaxtl.data.listing import Examples, Ragged
 from jaxtl.models import kernels
-from jaxtl.training import explain, flops, freeze
+from jaxtl.training import explain, flops, freeze, operations
 from jaxtl.training.setup import describe
 
 X = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -20,14 +20,14 @@ W = jax.ShapeDtypeStruct((3, 5), jnp.float32)
 
 def test_products_loops_and_choices_are_counted():
     product = 2 * 2 * 3 * 5
-    assert flops.count(jnp.matmul, X, W) == product
+    assert operations.count(jnp.matmul, X, W) == product
     # Backward: the gradients of both operands.
-    assert flops.count(jax.grad(lambda x, w: jnp.sum(jnp.square(x @ w)), (0, 1)), X, W) == 3 * product
-    assert flops.count(lambda x, w: jax.lax.scan(lambda c, _: (c + jnp.sum(x @ w), None), 0.0, None, 7), X, W) == (
+    assert operations.count(jax.grad(lambda x, w: jnp.sum(jnp.square(x @ w)), (0, 1)), X, W) == 3 * product
+    assert operations.count(lambda x, w: jax.lax.scan(lambda c, _: (c + jnp.sum(x @ w), None), 0.0, None, 7), X, W) == (
         7 * product
     )
     chosen = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: (x @ w) @ (w.T @ w))  # noqa: E731
-    assert flops.count(chosen, X, W) == 2 * product + 2 * 3 * 5 * 5 + 2 * 2 * 5 * 5 - product
+    assert operations.count(chosen, X, W) == 2 * product + 2 * 3 * 5 * 5 + 2 * 2 * 5 * 5 - product
 
 
 @pytest.mark.parametrize("size", [5, 6])
@@ -43,7 +43,7 @@ def test_convolutions_are_counted_as_xla_does(size):
     function = jax.grad(loss, (0, 1))
     measured = jax.jit(function).lower(image, kernel).cost_analysis()["flops"]
     elementwise = 3 * 2 * 3 * 3 * 4  # square, its gradient, sum: of each result
-    assert 0 <= measured - flops.count(function, image, kernel) <= elementwise
+    assert 0 <= measured - operations.count(function, image, kernel) <= elementwise
 
 
 def published(name):
@@ -80,11 +80,11 @@ def test_a_step_costs_what_is_counted(name, monkeypatch):
     step is counted as it is lowered, before XLA optimises it: compiling models of these sizes takes minutes. XLA counts
     the body of a loop once, however many turns it takes, so that here ours does too.
     """
-    monkeypatch.setitem(flops._OWN, "scan", flops._inner)
+    monkeypatch.setitem(operations._OWN, "scan", operations._inner)
     this, train_step, arguments = step_of(published(name))
     params, opt_state = arguments[0].params, arguments[0].opt_state
     update = jax.jit(this.optimizer.update).lower(params, opt_state, params).cost_analysis()["flops"]
-    counted = flops.count(train_step, *arguments) + update
+    counted = operations.count(train_step, *arguments) + update
     with kernels.plain():  # by definition, as it is counted
         measured = train_step.lower(*arguments).cost_analysis()["flops"]
     if counted > 1e8:

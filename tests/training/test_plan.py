@@ -36,9 +36,9 @@ def experiment(**settings):
 BYTES = 1_000 * 197 * 768 * 2
 
 
-def decide(passes=2.0, boundary="block_11", augment="none", **settings):
+def decide(passes=2.0, boundary="block_11", augment="none", prefix=0.5, **settings):
     chosen = config.override(experiment(**settings), [f"data.augment={augment}"])
-    return plan.make(chosen, boundary, BYTES if boundary else 0, passes)
+    return plan.make(chosen, boundary, BYTES if boundary else 0, passes, prefix)
 
 
 def test_activations_take_what_arithmetic_says():
@@ -68,6 +68,9 @@ def test_activations_take_what_arithmetic_says():
             "the activations take 0.303 GB, plan.cache_budget_gb is 0.3, plan.cache_disk_gb is 0.2",
         ),
         ({"cache_disk_gb": 0.0}, True, "in memory"),  # where no file is needed
+        ({"prefix": 0.09}, False, "keeping 0.303 GB of activations would save 4.5% of the operations; plan.cache=on"),
+        ({"prefix": 0.09, "passes": 10.0}, True, "the same activations"),
+        ({"prefix": 0.09, "cache": "on"}, True, "the same activations"),
     ],
 )
 def test_cache_is_used_where_it_pays_and_fits_and_says_why_not(arguments, cached, reason):
@@ -96,7 +99,16 @@ def test_views_that_cannot_be_kept_are_refused(arguments):
 def test_views_of_what_is_not_augmented_are_refused(data):
     chosen = config.Experiment(config.Model("vgg19"), data, plan=config.Plan(cached_views=2))
     with pytest.raises(UserError, match=r"plan\.cached_views=2: there is nothing random to keep views of"):
-        plan.make(chosen, "block_11", BYTES, 2.0)
+        plan.make(chosen, "block_11", BYTES, 2.0, 0.5)
+
+
+@pytest.mark.parametrize(("rule", "cached"), [("block1_conv2", False), ("block2_conv1", False), ("block3_conv1", True)])
+def test_first_convolutions_alone_are_not_worth_the_space(rule, cached):
+    settings = ["model.head.reads=flatten", "train.epochs=10"]
+    chosen = config.override(experiment(), [f'freeze=train_from("{rule}")', *settings])
+    decided = describe(chosen, None, 10, 100, 20).plan
+    assert decided.cached == cached
+    assert cached or "of activations would save" in decided.reason
 
 
 def test_views_of_the_training_images_alone_are_counted():

@@ -105,36 +105,35 @@ def run_prefix(
     Raises:
         UserError: that, with `plan.cache=on` or `plan.cached_views`.
     """
-    settings, boundary = this.experiment.plan, this.plan.boundary
+    settings = this.experiment.plan
     folder = Path(settings.cache_dir).expanduser() if settings.cache_dir else storage.cache_folder() / "activations"
     if not hosts.first():  # some processes have a disk of their own, and others share one
         folder = folder / f"process-{hosts.index()}"
     store = Store(folder, settings.cache_disk_gb * 1e9)
     row = plan.kept(this.activations, settings.cache_dtype)
     wanted = _wanted(this, frozen, splits, row)
-    arrays = [store.load(split.key, split.shape, row.dtype, mapped=this.plan.mapped) for split in wanted]
-    found = hosts.all_say([array is not None for array in arrays])
-    arrays = [array if everywhere else None for array, everywhere in zip(arrays, found, strict=True)]
-    missing = [split for split, array in zip(wanted, arrays, strict=True) if array is None]
-    loaded = [(split.name, array.nbytes) for split, array in zip(wanted, arrays, strict=True) if array is not None]
-    if loaded:
-        names, size = ", ".join(name for name, _ in loaded), sum(size for _, size in loaded) / 1e9
-        say(f"stages up to {boundary} ran before for the {names} examples: {size:.3g} GB of activations from {folder}")
     prefix = _Prefix(this, prepare, params, frozen, splits[0])
-    if missing:
-        try:
-            computed = _compute(missing, row.dtype, prefix, store, this)
-        except _NoRoom as error:
-            against = (
-                f"the activations take {this.plan.cache_bytes / 1e9:.3g} GB, plan.cache_budget_gb is "
-                f"{settings.cache_budget_gb:g}, and {folder} cannot hold them: {error}"
+    with contextlib.ExitStack() as stack:
+        arrays = _load([None] * len(wanted), wanted, row.dtype, store, this)
+        # Several processes of a run might wait for those of another which wait for them.
+        if any(array is None for array in arrays) and settings.cache_disk_gb and hosts.count() == 1:
+            stack.enter_context(store.alone(split.key for split in wanted))
+            arrays = _load(arrays, wanted, row.dtype, store, this)  # which another run has made meanwhile
+        loaded = [(split.name, array.nbytes) for split, array in zip(wanted, arrays, strict=True) if array is not None]
+        if loaded:
+            names, size = ", ".join(name for name, _ in loaded), f"{sum(size for _, size in loaded) / 1e9:.3g} GB"
+            say(
+                f"stages up to {this.plan.boundary} ran before for the {names} examples: {size} of activations from "
+                f"{folder}"
             )
-            asked = "plan.cache=on" if settings.cache == "on" else f"plan.cached_views={settings.cached_views}"
-            if settings.cache == "on" or this.plan.views:
-                raise UserError(f"{asked} is not possible: {against}; name another plan.cache_dir") from None
-            say(f"{against}; the frozen stages run in every step")
-            return None
-        arrays = [computed.pop(0) if array is None else array for array in arrays]
+        missing = [split for split, array in zip(wanted, arrays, strict=True) if array is None]
+        if missing:
+            try:
+                computed = _compute(missing, row.dtype, prefix, store, this)
+            except _NoRoom as error:
+                _refuse(f"{folder} cannot hold them: {error}", this)
+                return None
+            arrays = [computed.pop(0) if array is None else array for array in arrays]
     return Activations(
         [_with_inputs(split, array, this.activations) for split, array in zip(wanted, arrays, strict=True)],
         _preparation(row.dtype, stages.values(this.activations).dtype),
@@ -144,8 +143,33 @@ def run_prefix(
     )
 
 
+def _load(
+    found: list[np.ndarray | None], wanted: list[_Split], dtype: np.dtype, store: Store, this: Setup
+) -> list[np.ndarray | None]:
+    """Returns what was found and what is in the store by now; None where something is missing in any process."""
+    arrays = [
+        store.load(split.key, split.shape, dtype, mapped=this.plan.mapped) if array is None else array
+        for split, array in zip(wanted, found, strict=True)
+    ]
+    everywhere = hosts.all_say([array is not None for array in arrays])
+    return [array if said else None for array, said in zip(arrays, everywhere, strict=True)]
+
+
 class _NoRoom(Exception):
     """No file can be made of what is too large for memory."""
+
+
+def _refuse(reason: str, this: Setup) -> None:
+    """Says that the activations are not kept, or raises UserError where they were asked for."""
+    settings = this.experiment.plan
+    against = (
+        f"the activations take {this.plan.cache_bytes / 1e9:.3g} GB, plan.cache_budget_gb is "
+        f"{settings.cache_budget_gb:g}, and {reason}"
+    )
+    if settings.cache == "on" or this.plan.views:
+        asked = "plan.cache=on" if settings.cache == "on" else f"plan.cached_views={settings.cached_views}"
+        raise UserError(f"{asked} is not possible: {against}; name another plan.cache_dir")
+    say(f"{against}; the frozen stages run in every step")
 
 
 def _compute(missing: list[_Split], dtype: np.dtype, run: Callable, store: Store, this: Setup) -> list[np.ndarray]:
@@ -242,20 +266,19 @@ def origins(this: Setup, weights: str, examples: Examples, views: int, dtype: np
         "inputs": checkpoint.digest(raw),
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "device": [device.platform, device.device_kind, device.client.platform_version, jax.device_count()],
-        "host": _processor() if device.platform == "cpu" else "",
+        "layout": dict(this.layout.mesh.shape) if this.layout.mesh else {},
+        "host": _processor() if device.platform == "cpu" else [],
         "flags": [os.environ.get("XLA_FLAGS", ""), jax.config.jax_default_prng_impl],
     }
 
 
-def _reads(this: Setup) -> str | int | None:
-    """Returns what the head reads, as far as the prefix's last stages compute that and no more."""
+def _reads(this: Setup) -> list[Any]:
+    """Returns what the head reads, and how many tokens of the last block, as far as the prefix computes no more."""
     head, prefix = this.experiment.model.head, _prefix(this)
-    if "features" in prefix:
-        return head.reads
-    depth = getattr(this.net.config, "depth", None)
-    if depth is None or this.net.stages[depth] not in prefix or not this.experiment.plan.prune:
-        return None
-    return presets.leading(this.net.config, head.reads)
+    depth, leading = getattr(this.net.config, "depth", None), None
+    if depth is not None and this.net.stages[depth] in prefix and this.experiment.plan.prune:
+        leading = presets.leading(this.net.config, head.reads)
+    return [head.reads if "features" in prefix else None, leading]
 
 
 @functools.cache
@@ -265,13 +288,14 @@ def _code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))).hexdigest()
 
 
-def _processor() -> str:
-    """Returns the name of the CPU, for which programs are made."""
+def _processor() -> list[Any]:
+    """Returns the name of the CPU, for which programs are made, and its cores, among which sums are divided."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+                return [line.partition(":")[2].strip(), cores]
+    return [platform.processor(), cores]
 
 
 def _prefix(this: Setup) -> list[str]:

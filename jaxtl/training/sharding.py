@@ -72,7 +72,11 @@ class Layout:
 
     def read(self, x: Any) -> np.ndarray:
         """Returns an array whole, in every process; on a CPU it may be the device's own memory."""
-        return np.asarray(x if self.processes == 1 else _whole(self.mesh)(x))
+        if self.processes > 1:
+            x = _whole(self.mesh)(x)
+        elif isinstance(x, jax.Array) and (self.mesh or jax.default_backend() != "cpu"):
+            x = x.copy()  # an array keeps, as long as it lives, what was read of it on the host
+        return np.asarray(x)
 
     def own_rows(self, x: jax.Array) -> np.ndarray:
         """Returns those rows of an array that are on this process's devices, in order; `x` lies as a batch does."""

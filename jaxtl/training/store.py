@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,8 +36,10 @@ ARRAY, DESCRIPTION = "array.bin", "array.json"
 _KEY = re.compile("[0-9a-f]{64}")  # whatever else lies in the folder is not ours to delete
 _TEMPORARY = ".jaxtl-"
 _TURN = ".lock"  # held by the process that deletes to make room, or begins an entry
-# On a file system without locks: a temporary folder in which nothing was written for so many seconds has no owner.
-_ABANDONED = 3600.0
+_KEYS = ".keys"  # of its bytes one for each key is held by the process that makes that entry
+# On a file system without locks: a temporary folder in which nothing was written for so many seconds has no owner, and
+# an entry that nobody has opened for so many is not in use.
+_ABANDONED, _UNUSED = 3600.0, 7 * 86400.0
 # Bytes left free on the disk: the run's own results are worth more than what can be computed again.
 _SPARE = 10**9
 
@@ -75,12 +77,30 @@ class Store:
         return array if mapped else np.array(array)
 
     @contextlib.contextmanager
+    def alone(self, keys: Iterable[str]) -> Iterator[None]:
+        """Has the processes that would make one of these entries go through the `with` block one after the other.
+
+        Where the folder cannot be written to, or its file system has no locks, they go through it at once.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((self.folder / _KEYS).open("a+b"))
+                for place in sorted(int(key[:15], 16) for key in keys) if fcntl else ():  # or two would wait for ever
+                    try:
+                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                    except (BlockingIOError, PermissionError):
+                        say(f"another run is at work on the same entry of {self.folder}: waiting for it")
+                        fcntl.lockf(file, fcntl.LOCK_EX, 1, place)
+            yield
+
+    @contextlib.contextmanager
     def create(
         self, key: str, shape: tuple[int, ...], dtype: np.dtype, words: Mapping[str, Any]
     ) -> Iterator["Incomplete"]:
         """Yields an array to be filled, its space reserved; what is not kept by the end of the `with` block is removed.
 
-        Arrays used longest ago are deleted until all fit the limit.
+        Arrays used longest ago are deleted until all fit the limit and the disk, if that can be reached.
 
         Args:
             key: a SHA-256 in hexadecimal.
@@ -114,22 +134,32 @@ class Store:
                 taken += bytes_taken
                 if _KEY.fullmatch(path.name) and path.name not in self._used and not _in_use(path):
                     entries.append((path.stat().st_mtime, bytes_taken, path))
-        if taken - sum(bytes_taken for _, bytes_taken, _ in entries) > self._limit:
-            raise OSError(f"the limit of {self._limit / 1e9:g} GB leaves no room for {size / 1e9:.3g} GB")
-        for _, bytes_taken, path in sorted(entries):
-            if taken <= self._limit:
-                break
-            self._remove(path)
-            taken -= bytes_taken
-        if shutil.disk_usage(self.folder).free < size + _SPARE:
-            raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB would leave less than {_SPARE / 1e9:g} GB on the disk")
+        over, lacking = taken - self._limit, size + _SPARE - shutil.disk_usage(self.folder).free
 
-    def _remove(self, entry: Path) -> None:
-        """Under another name first: half an entry is not to be found."""
+        def check(freed: int) -> None:
+            if over > freed:
+                raise OSError(f"the limit of {self._limit / 1e9:g} GB leaves no room for {size / 1e9:.3g} GB")
+            if lacking > freed:
+                room = f"{size / 1e9:.3g} GB would leave less than {_SPARE / 1e9:g} GB on the disk"
+                raise OSError(errno.ENOSPC, room)
+
+        check(sum(bytes_taken for _, bytes_taken, _ in entries))  # before anything is deleted in vain
+        freed = 0
+        for _, bytes_taken, path in sorted(entries):
+            if max(over, lacking) <= freed:
+                break
+            freed += bytes_taken * self._remove(path)
+        check(freed)
+
+    def _remove(self, entry: Path) -> bool:
+        """Under another name first: half an entry is not to be found. Returns whether it could be done."""
         doomed = self._temporary()
-        with contextlib.suppress(OSError):  # another run was faster, or the folder is for reading alone
+        try:
             entry.rename(doomed)
             shutil.rmtree(doomed)
+        except OSError:  # another run was faster, or the folder is for reading alone
+            return False
+        return True
 
     def _remove_abandoned(self) -> None:
         for folder in self.folder.glob(f"{_TEMPORARY}*"):
@@ -202,18 +232,18 @@ def _lock(file: BinaryIO) -> None:
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a process writes or maps the array in a folder."""
-    with contextlib.suppress(OSError), (folder / ARRAY).open("r+b") as file:  # no such file, or no locks
+    """Whether a process writes or maps the array in a folder; where that cannot be told, whether one may."""
+    with contextlib.suppress(OSError):  # no such file, or no locks
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return False
-        except BlockingIOError:
+            with (folder / ARRAY).open("r+b") as file:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return False
+        except (BlockingIOError, PermissionError):  # of another user: not ours to delete
             return True
-    if not folder.name.startswith(_TEMPORARY):
-        return False
+    idle = _ABANDONED if folder.name.startswith(_TEMPORARY) else _UNUSED
     with contextlib.suppress(OSError):  # deleted meanwhile
-        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < _ABANDONED
+        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < idle
     return False
 
 

@@ -43,7 +43,7 @@ def here(tmp_path):
 
 def entries(experiment):
     folder = experiment.plan.cache_dir
-    return sorted(set(os.listdir(folder)) - {".lock"}) if os.path.isdir(folder) else []
+    return sorted(set(os.listdir(folder)) - {".lock", ".keys"}) if os.path.isdir(folder) else []
 
 
 def run_prefix(experiment):
@@ -173,7 +173,7 @@ def test_origins_tell_what_is_computed_otherwise(changed):
         "train.batch_size=4",
         "model.head.hidden=16",
         "model.head.reads=cls_patches",  # the last block is not in the prefix
-        "plan.prune=False",
+        "plan.prune=False",  # the same
         "data.augment=flip",
         "plan.cache_budget_gb=0",
     ],
@@ -185,11 +185,12 @@ def test_origins_do_not_tell_what_makes_no_difference(changed):
 def test_origins_of_a_frozen_backbone_tell_what_the_head_reads():
     """With the head alone learning, what it reads is kept; where the last norm learns too, the tokens it reads."""
     alone = "freeze=train_head_only()"
-    assert origins(alone)["reads"] == "cls"
-    assert origins(alone, "model.head.reads=cls_patches")["reads"] == "cls_patches"
+    assert origins(alone)["reads"] == ["cls", 1]
+    assert origins(alone, "plan.prune=False")["reads"] == ["cls", None]  # the same, but for rounding
+    assert origins(alone, "model.head.reads=cls_patches")["reads"] == ["cls_patches", None]
     norm = 'freeze=train_from("norm")'
-    assert origins(norm)["reads"] == 1
-    assert origins(norm, "plan.prune=False")["reads"] is None
+    assert origins(norm)["reads"] == [None, 1]
+    assert origins(norm, "plan.prune=False")["reads"] == [None, None]
 
 
 def test_origins_of_views_tell_how_they_are_drawn():
@@ -228,8 +229,12 @@ def test_origins_tell_the_architecture_and_the_lengths_of_batches(monkeypatch):
             patch.setattr(cache, name, lambda value=value: value)
             assert origins() != before
     before = origins()
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert origins() != before
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 8)
+        assert origins() != before
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    laid = dataclasses.replace(this, layout=dataclasses.replace(this.layout, mesh=mesh))
+    assert cache.origins(laid, "digest", examples, 0, np.dtype("float32")) != before
 
 
 # --- what can go wrong with the files --------------------------------------------------------------------

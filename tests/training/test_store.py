@@ -39,7 +39,7 @@ def get(store, key, mapped=False):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    return sorted(path.name for path in folder.iterdir() if path.name not in (".lock", ".keys"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
@@ -321,6 +321,113 @@ def test_last_gigabyte_of_the_disk_is_left_to_the_run(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="would leave less than 1 GB"):
         put(Store(tmp_path, 1e6), KEYS[0], values())
     assert names(tmp_path) == []
+
+
+def test_entries_make_room_on_the_disk_and_none_is_deleted_in_vain(tmp_path, monkeypatch):
+    for age, key in enumerate(KEYS[:3]):
+        put(Store(tmp_path, 1e6), key, values())
+        os.utime(tmp_path / key, (time.time() - 1000 * (age + 1),) * 2)
+
+    def disk(size):
+        """As large as this and a gigabyte."""
+        taken = sum(file.stat().st_size for file in tmp_path.glob(f"*/{ARRAY}"))
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=10**9 + size - taken))
+
+    disk(3 * SIZE)
+    put(Store(tmp_path, 1e6), KEYS[3], values())
+    assert names(tmp_path) == [KEYS[0], KEYS[1], KEYS[3]]
+    disk(3 * SIZE)
+    with pytest.raises(OSError, match="would leave less than 1 GB"):
+        put(Store(tmp_path, 1e6), KEYS[4], np.concatenate([values()] * 4))
+    assert names(tmp_path) == [KEYS[0], KEYS[1], KEYS[3]]
+
+
+def test_entry_makes_no_room_where_nobody_can_tell_whether_it_is_in_use(tmp_path, monkeypatch):
+    """On a file system without locks, until a week has passed; and one of another user never."""
+    put(Store(tmp_path, 1e6), KEYS[0], values())
+    days_ago = time.time() - 6 * 86400
+    os.utime(tmp_path / KEYS[0], (days_ago, days_ago))
+    os.utime(tmp_path / KEYS[0] / ARRAY, (0, 0))
+    os.utime(tmp_path / KEYS[0] / DESCRIPTION, (0, 0))
+    for error in (OSError(errno.ENOLCK, "No locks available"), PermissionError(errno.EACCES, "Permission denied")):
+
+        def refuse(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("fcntl.flock", refuse)
+            with pytest.raises(OSError, match="leaves no room"):
+                put(Store(tmp_path, SIZE), KEYS[1], values())
+    assert names(tmp_path) == [KEYS[0]]
+    os.utime(tmp_path / KEYS[0], (days_ago - 2 * 86400,) * 2)
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    put(Store(tmp_path, SIZE), KEYS[1], values())
+    assert names(tmp_path) == [KEYS[1]]
+
+
+def test_entry_that_cannot_be_removed_makes_no_room(tmp_path, monkeypatch):
+    put(Store(tmp_path, 1e6), KEYS[0], values())
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", refuse)
+        with pytest.raises(OSError, match="leaves no room"):
+            put(Store(tmp_path, SIZE), KEYS[1], values())
+    np.testing.assert_array_equal(get(Store(tmp_path, 1e6), KEYS[0]), values())
+
+
+def test_run_that_needs_what_another_one_makes_waits_for_it(tmp_path, capfd):
+    begun, going = tmp_path / "begun", tmp_path / "going"
+    making = f"""
+with store.alone([key, "1" * 64]):
+    pathlib.Path({str(begun)!r}).touch()
+    while not pathlib.Path({str(going)!r}).exists():
+        time.sleep(0.01)
+    with store.create(key, {SHAPE}, np.dtype(np.float32), {{}}) as entry:
+        entry.array[...] = values
+        entry.keep()
+"""
+    waiting = f"""
+with store.alone(["2" * 64, key]):
+    assert np.array_equal(store.load(key, {SHAPE}, np.dtype(np.float32), mapped=False), values)
+"""
+    folder = tmp_path / "store"
+    first = script(folder, making)
+    while not begun.exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    with Store(folder, 1e6).alone([KEYS[3]]):  # another entry
+        pass
+    second = script(folder, waiting)
+    told = ""
+    while "waiting for it" not in told:
+        assert second.poll() is None
+        time.sleep(0.01)
+        told += capfd.readouterr().err
+    going.touch()
+    assert [process.wait(60) for process in (first, second)] == [0, 0]
+
+
+def test_run_that_died_while_making_an_entry_is_not_waited_for(tmp_path):
+    body = """
+with store.alone([key]):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert script(tmp_path, body).wait(60) == -signal.SIGKILL
+    assert script(tmp_path, "with store.alone([key]): pass").wait(60) == 0
+
+
+def test_folder_for_reading_alone_has_nobody_wait(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", refuse)
+        with Store(tmp_path, 1e6).alone(KEYS[:2]):
+            entered = True
+    assert entered
 
 
 def test_folder_deleted_while_filling_loses_the_entry_but_not_the_array(tmp_path):

@@ -65,8 +65,10 @@ def _scan(
 ) -> jax.Array:
     """Returns the last states, [2, batch, hidden] float32.
 
-    The derivative is written by hand, so that the gradients of kernel and bias are one product and one sum over all
-    time steps, in float32, and not added up within the loop, in the dtype that the kernel has there.
+    The derivative is written by hand. All that the gradient of a state is multiplied by is known when the loop goes
+    back, and is made for all time steps at once, from the states alone, which are all that is kept. So are the
+    gradients of kernel and bias, one product and one sum, in float32: not added up within the loop, in the dtype that
+    the kernel has there.
 
     Args:
         inputs: `W x + b` of each direction in its own order, [length, batch, 3 * hidden] float32.
@@ -83,45 +85,62 @@ def _products(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.dot_general(x.astype(dtype), kernel, dimensions, preferred_element_type=jnp.float32)
 
 
+def _gates(inputs: jax.Array, recurrent: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns r, z and n, and the recurrent part of n, from both parts of all three: [..., 3 * hidden]."""
+    input_r, input_z, input_n = jnp.split(inputs, 3, axis=-1)
+    recurrent_r, recurrent_z, recurrent_n = jnp.split(recurrent, 3, axis=-1)
+    r, z = jax.nn.sigmoid(input_r + recurrent_r), jax.nn.sigmoid(input_z + recurrent_z)
+    return r, z, jnp.tanh(input_n + r * recurrent_n), recurrent_n
+
+
 def _scan_forward(inputs, within, kernel, bias, dtype):
     operand = kernel.astype(dtype)
 
     def step(h, now):
         inputs, within = now
-        input_r, input_z, input_n = jnp.split(jnp.stack(inputs), 3, axis=-1)
-        recurrent_r, recurrent_z, recurrent_n = jnp.split(_products(h, operand, dtype) + bias, 3, axis=-1)
-        r, z = jax.nn.sigmoid(input_r + recurrent_r), jax.nn.sigmoid(input_z + recurrent_z)
-        n = jnp.tanh(input_n + r * recurrent_n)
-        return jnp.where(within, (1 - z) * n + z * h, h), (h, r, z, n, recurrent_n)
+        _, z, n, _ = _gates(jnp.stack(inputs), _products(h, operand, dtype) + bias)
+        return jnp.where(within, (1 - z) * n + z * h, h), h
 
     start = jnp.zeros((2, inputs[0].shape[1], kernel.shape[1]), jnp.float32)
-    states, kept = lax.scan(step, start, (inputs, within))
-    return states, (kept, within, kernel)
+    states, before = lax.scan(step, start, (inputs, within))
+    return states, (before, inputs, within, kernel, bias)
 
 
 def _scan_backward(dtype, saved, gradient):
-    kept, within, kernel = saved
+    before, inputs, within, kernel, bias = saved
+    # Of each direction, examples first: the states before each step, and the derivatives of what is summed in r, z and
+    # n, and in the recurrent part of n, by the state after it.
+    states = [h.swapaxes(0, 1) for h in before.swapaxes(0, 1)]
+    of_n, of_sums, of_before = [], [], []
+    for direction, h in enumerate(states):
+        recurrent = kernels.matmul(h, kernel[direction], None, dtype) + bias[direction]
+        r, z, n, recurrent_n = _gates(inputs[direction].swapaxes(0, 1), recurrent)
+        token = within[:, direction].swapaxes(0, 1)
+        by_n = jnp.where(token, (1 - z) * (1 - n * n), 0.0)
+        by_z = jnp.where(token, (h - n) * z * (1 - z), 0.0)
+        of_n.append(by_n)
+        of_sums.append(jnp.concatenate([by_n * recurrent_n * r * (1 - r), by_z, by_n * r], axis=-1))
+        of_before.append(jnp.where(token, z, 1.0))
     transposed = kernel.astype(dtype).swapaxes(1, 2)  # once, and not in the loop
 
     def step(gradient, now):
-        """Goes on to the gradient of the state before; gives those of the inputs and of the recurrent products."""
-        (h, r, z, n, recurrent_n), within = now
-        new = jnp.where(within, gradient, 0.0)
-        of_n = new * (1 - z) * (1 - n * n)
-        of_z = new * (h - n) * z * (1 - z)
-        of_r = of_n * recurrent_n * r * (1 - r)
-        of_recurrent = jnp.concatenate([of_r, of_z, of_n * r], axis=-1)
-        of_inputs = jnp.concatenate([of_r, of_z, of_n], axis=-1)
-        before = gradient - new + new * z + _products(of_recurrent, transposed, dtype)
-        return before, (tuple(of_inputs), tuple(of_recurrent))
+        """Goes on to the gradient of the state before; gives that of the state after."""
+        of_sums, of_before = (jnp.stack(pair) for pair in now)
+        back = _products(of_sums * jnp.tile(gradient, 3), transposed, dtype)
+        return gradient * of_before + back, gradient
 
-    _, (of_inputs, of_recurrent) = lax.scan(step, gradient, (kept, within), reverse=True)
-    of_kernel = [
-        kernels.outer(states.swapaxes(0, 1), rows.swapaxes(0, 1), dtype)
-        for states, rows in zip(kept[0].swapaxes(0, 1), of_recurrent, strict=True)
-    ]
-    of_bias = [jnp.sum(rows, axis=(0, 1)) for rows in of_recurrent]
-    return of_inputs, None, jnp.stack(of_kernel), jnp.stack(of_bias)[:, None]
+    in_order = jax.tree.map(lambda x: x.swapaxes(0, 1), (tuple(of_sums), tuple(of_before)))
+    _, after = lax.scan(step, gradient, in_order, reverse=True)
+
+    of_inputs, of_kernel, of_bias = [], [], []
+    for direction, h in enumerate(states):
+        gradients = after[:, direction].swapaxes(0, 1)
+        rows = of_sums[direction] * jnp.tile(gradients, 3)
+        of_kernel.append(kernels.outer(h, rows, dtype))
+        of_bias.append(jnp.sum(rows, axis=(0, 1)))
+        of_rz, _ = jnp.split(rows, [2 * h.shape[-1]], axis=-1)
+        of_inputs.append(jnp.concatenate([of_rz, of_n[direction] * gradients], axis=-1).swapaxes(0, 1))
+    return tuple(of_inputs), None, jnp.stack(of_kernel), jnp.stack(of_bias)[:, None]
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -32,6 +32,15 @@ hypothesis.settings.load_profile("jaxtl")
 sys.path.append(str(Path(__file__).parent.parent))
 
 
+# What takes longest is begun first, or at the end one worker has nothing to do while the other is busy with it.
+LONGEST = ("test_survival.py", "test_sharding.py", "test_hosts.py", "test_remote.py", "test_resume.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first, in the order above, and leaves the others as they are."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def real_weights() -> Path:
     """The folder of real checkpoints: `dinov2-small` and `minilm-l6` in Hugging Face's layout."""

@@ -22,8 +22,9 @@ class Memory:
         optimizer: the optimiser's state.
         gradients: of the trained parameters.
         gathered: with `parallel.fsdp`, whole copies of divided parameters while they are used; all of them at the most.
-        activations: what the forward pass leaves for the backward one, of the longest batch. Beside it a step needs
-            room to work in: a few times the largest activation.
+        activations: what the forward pass leaves for the backward one, of the longest batch, attention's weights
+            included, which cuDNN's fused attention does not keep. Beside it a step needs room to work in: a few times
+            the largest activation.
         cache: kept activations of frozen stages, in the memory of each host.
     """
 

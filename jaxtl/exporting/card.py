@@ -22,7 +22,7 @@ _TASKS = {"mlm": "fill-mask", Text: "text-classification", Images: "image-classi
 _PIPELINE = {
     "text-classification": 'classify = pipeline("text-classification", model=folder, truncation=True)\n'
     'print(classify(["a text", "another"], top_k=None))  # every class with its probability',
-    "image-classification": 'classify = pipeline("image-classification", model=folder)\nprint(classify("image.jpg"))',
+    "image-classification": 'classify = pipeline("image-classification", model=folder)\nprint(classify(image))',
     "fill-mask": 'fill = pipeline("fill-mask", model=folder)\nprint(fill("This is [MASK]."))',
 }
 _INPUTS = {
@@ -34,7 +34,7 @@ _INPUTS = {
     ),
     "image-classification": (
         "AutoImageProcessor",
-        'inputs = AutoImageProcessor.from_pretrained(folder)(Image.open("image.jpg"), return_tensors="pt")',
+        'inputs = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")',
     ),
 }
 
@@ -132,14 +132,16 @@ def _metadata(run: FinishedRun, found: Equivalent) -> str:
 
 def _use(run: FinishedRun, found: Equivalent) -> list[str]:
     where = 'folder = "."  # where this file lies'
+    of_images = isinstance(run.experiment.data, Images)
+    pillow = ["from PIL import Image, ImageOps"] if of_images else []
+    image = opened(run) if of_images else []
     if found.whole:
         return [
             f"The whole model, as `{found.architecture}`:",
             "",
-            *python("from transformers import pipeline", "", where, _PIPELINE[task(run)]),
+            *python(*pillow, "from transformers import pipeline", "", where, *image, _PIPELINE[task(run)]),
         ]
     auto, inputs = _INPUTS[task(run)]
-    images = task(run) == "image-classification"
     lines = [
         "transformers has no architecture with this head. `model.safetensors` is the backbone, `head.safetensors` the "
         "head; `modeling_jaxtl.py` puts them together, in torch, without jaxtl. Read it; nothing runs it but you:",
@@ -148,7 +150,7 @@ def _use(run: FinishedRun, found: Equivalent) -> list[str]:
             "import sys",
             "",
             "import torch",
-            *(["from PIL import Image"] if images else []),
+            *pillow,
             f"from transformers import {auto}",
             "",
             where,
@@ -156,6 +158,7 @@ def _use(run: FinishedRun, found: Equivalent) -> list[str]:
             "from modeling_jaxtl import load",
             "",
             "model = load(folder)",
+            *image,
             inputs,
             "with torch.no_grad():",
             "    probabilities = model(**inputs).softmax(dim=-1)",
@@ -286,17 +289,34 @@ def _pixels(run: FinishedRun) -> list[str]:
     data = run.experiment.data
     if not isinstance(data, Images):
         return []
-    found = [
+    (height, width), size = run.image_shape, run.experiment.model.image_size
+    found = []
+    if (height, width) != (size, size):
+        found.append(
+            f"The images of training had {height} x {width} pixels, and were enlarged to {size} x {size}. Others have "
+            "to be made as small first, as above: enlarged or shrunk to the model's size at once, they would be "
+            "sharper than any that it has seen, and the answers other ones."
+        )
+    found.append(
         "The image processor resizes to whole numbers from 0 to 255. In training, images smaller than "
         f"{run.experiment.model.image_size} pixels that are all of one size were not rounded in resizing: up to one "
         "of those numbers apart. It does not lay transparent parts over white."
-    ]
+    )
     if data.resize == "crop":
         found.append(
             "Of images that are not square, training cut the square out and resized it; the image processor resizes "
             "first: its square may lie part of a pixel apart."
         )
     return found
+
+
+def opened(run: FinishedRun) -> list[str]:
+    """Returns the lines of a program that open an image as training did, up to its own resizing of all of them."""
+    height, width = run.image_shape
+    lines = ['image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")']
+    if run.experiment.data.resize == "crop":
+        return [*lines, f"image = ImageOps.fit(image, ({width}, {height}), 2)  # as in training; 2: bilinear"]
+    return [*lines, f"image = image.resize(({width}, {height}), 2)  # as in training; 2: bilinear"]
 
 
 def _listed(names: Sequence[str]) -> str:

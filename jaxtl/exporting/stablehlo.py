@@ -69,7 +69,7 @@ def write(run: FinishedRun, folder: Path) -> None:
 
 
 _MEANINGS = {
-    "images": "RGB pixels from 0 to 255, resized to this size; scaling is part of the model",
+    "images": "RGB pixels from 0 to 255, of the size that those of training had; the rest is part of the model",
     "ids": "word pieces, filled up at the end with anything",
     "lengths": "word pieces of each text, at least 1",
     "positions": "those of the word pieces to predict",
@@ -83,8 +83,7 @@ def _inputs(run: FinishedRun) -> dict[str, jax.ShapeDtypeStruct]:
     model, data = run.experiment.model, run.experiment.data
     if not isinstance(data, Text):
         (batch,) = export.symbolic_shape("batch")
-        size = model.image_size
-        return {"images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)}
+        return {"images": jax.ShapeDtypeStruct((batch, *run.image_shape, 3), jnp.uint8)}
     limits = [f"length <= {data.max_length}"]
     batch, length, read = export.symbolic_shape("batch, length, read", constraints=limits)
     found = {
@@ -183,15 +182,11 @@ def _readme(run: FinishedRun, described: dict[str, Any]) -> str:
 
 def _program(run: FinishedRun, described: dict[str, Any]) -> list[str]:
     if not isinstance(run.experiment.data, Text):
-        size = run.experiment.model.image_size
-        crop = run.experiment.data.resize == "crop"
-        opened = 'Image.open("image.jpg").convert("RGB")'
-        resized = f"ImageOps.fit({opened}, ({size}, {size}), 2)" if crop else f"{opened}.resize(({size}, {size}), 2)"
         return [
-            f"from PIL import Image{', ImageOps' if crop else ''}",
+            "from PIL import Image, ImageOps",
             *_OPEN,
-            f"images = np.stack([np.asarray({resized})])  # 2: bilinear",
-            "answers = model.call(images)",
+            *card.opened(run),
+            "answers = model.call(np.stack([np.asarray(image)]))",
             *_ANSWER,
         ]
     tokenise = [

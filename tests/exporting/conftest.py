@@ -33,11 +33,13 @@ def small_presets():
         yield
 
 
-def finish(folder, experiment, classes, tokenizer=None, weights=None, pretrained=False):
+def finish(folder, experiment, classes, tokenizer=None, weights=None, pretrained=False, shape=None):
     """Writes a finished run, all of it trained: random parameters, none of them zero or one, which hides mix-ups.
 
-    With `pretrained`, the backbone is that of the weights.
+    With `pretrained`, the backbone is that of the weights. `shape` is that of the images of training.
     """
+    if isinstance(experiment.data, config.Images):
+        shape = shape or (experiment.model.image_size,) * 2
     net = network.network(experiment, len(classes), weights)
     random = np.random.default_rng(0)
     params = {
@@ -66,6 +68,7 @@ def finish(folder, experiment, classes, tokenizer=None, weights=None, pretrained
         "eval_examples": 16,
         "test_examples": 0,
         "classes": list(classes),
+        "image_shape": shape and list(shape),
         "architecture": dataclasses.asdict(net.config),
         "frozen_sha256": checkpoint.digest({}),
         "trained_sha256": checkpoint.digest(params),
@@ -108,14 +111,14 @@ def image_run(tmp_path_factory):
     """Returns what makes a finished image run of a preset and a head, once for each."""
     made = {}
 
-    def make(preset, kind, reads, classes=("one", "two", "three"), size=8, **data):
-        key = (preset, kind, reads, classes, size, *data.items())
+    def make(preset, kind, reads, classes=("one", "two", "three"), size=8, shape=None, **data):
+        key = (preset, kind, reads, classes, size, shape, *data.items())
         if key not in made:
             experiment = config.Experiment(
                 model=config.Model(preset, image_size=size, head=config.Head(kind, reads, hidden=8, init="random")),
                 data=config.Images(source="digits", **data),
             )
-            made[key] = finish(tmp_path_factory.mktemp("runs") / preset, experiment, classes)
+            made[key] = finish(tmp_path_factory.mktemp("runs") / preset, experiment, classes, shape=shape)
         return made[key]
 
     return make

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxtl
 from jaxtl import config
 from jaxtl.data import images, tokens
 from jaxtl.exporting import equivalent, huggingface
@@ -56,6 +57,7 @@ AUTO = {
 
 
 def exported(run, folder):
+    folder.mkdir(exist_ok=True)
     huggingface.write(load_run(run), folder)
     return folder
 
@@ -272,6 +274,30 @@ def test_card_holds_figures_and_classes_and_its_program_runs(which, text_run, tm
     shown = capsys.readouterr().out
     assert "fake" in shown
     assert "real" in shown
+
+
+@pytest.mark.parametrize("head", [("fc", "cls"), ("mlp", "cls")])
+def test_program_of_the_card_answers_a_photo_as_prediction_does(head, image_run, tmp_path, monkeypatch, capsys):
+    """Upright, and as small as the images of training before it is enlarged."""
+    run = image_run("vit_nano", *head, THREE, 12, (6, 6), scale="half")
+    folder = exported(run, tmp_path / "out")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "image.jpg", exif=turned)
+    card = (folder / "README.md").read_text()
+    assert "had 6 x 6 pixels, and were enlarged to 12 x 12" in " ".join(card.split())
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(compile(card.partition("```python\n")[2].partition("```")[0], "README.md", "exec"), {})
+    sys.modules.pop("modeling_jaxtl", None)
+    shown = ast.literal_eval(capsys.readouterr().out)
+    found = shown if isinstance(shown, dict) else {answer["label"]: answer["score"] for answer in shown}
+    model = jaxtl.load(run)
+    (expected,) = model.predict_proba([folder / "image.jpg"])
+    assert np.ptp(expected) > 0.1
+    # The image processor rounds to levels of 255 after each of its two passes.
+    np.testing.assert_allclose([found[name] for name in model.class_names], expected, rtol=0, atol=0.01)
 
 
 # Real weights: six and twelve layers, features of up to 10 or so, of which float32 keeps seven digits.

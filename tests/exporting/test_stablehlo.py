@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxtl
 from jaxtl import config
 from jaxtl.data import images, tokens
 from jaxtl.errors import UserError
@@ -20,6 +21,7 @@ from jaxtl.models.stages import Sequence
 from jaxtl.training.network import load_run
 
 THREE = ("fake", "joke", "real")
+ORIENTATION = 0x0112  # EXIF's tag
 
 # Calls every artifact named in calls.json on its inputs, and runs the program in each README.md.
 _CALLER = """
@@ -74,7 +76,7 @@ def answered(text_run, image_run, our_logits, token_batch, tmp_path_factory):
     runs = {
         "bigru": text_run("bigru", "sequence"),
         "mlm": text_run("mlm", "masked", (), label_column=""),
-        "vit": image_run("vit_nano", "fc", "cls", THREE, 12, scale="half", resize="crop"),
+        "vit": image_run("vit_nano", "fc", "cls", THREE, 12, (6, 6), scale="half", resize="crop"),
     }
     calls, expected = {}, {}
     for name, run in runs.items():
@@ -89,11 +91,13 @@ def answered(text_run, image_run, our_logits, token_batch, tmp_path_factory):
                     x = x._replace(positions=np.array([[1, 0], [2, 1], [1, 1]], np.int32)[:rows])
                     given["positions"] = x.positions
             else:
-                given = {"images": pixels(rows, 12)}
+                given = {"images": pixels(rows, 6)}
                 x = images.preprocess(given["images"], 12, "half")
             np.savez(root / f"{name}{number}.npz", **given)
             expected[f"{name}{number}"] = our_logits(run, x)
-    Image.fromarray(pixels(1, 30)[0]).save(root / "vit" / "image.jpg")
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    Image.fromarray(pixels(1, 30)[0, :20]).save(root / "vit" / "image.jpg", exif=turned)
     called(root, calls)
     return {name: (dict(np.load(root / f"{name}.answers.npz")), logits) for name, logits in expected.items()}, root
 
@@ -118,6 +122,16 @@ def test_program_of_the_readme_runs_without_jaxtl(answered, name):
     assert shown.startswith(classes.get(name, "["))
     program = (answered[1] / name / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     assert len(program.splitlines()) < 20
+
+
+def test_program_of_the_readme_answers_a_photo_as_prediction_does(answered, image_run):
+    """Upright, and as small as the images of training before it is enlarged."""
+    run = image_run("vit_nano", "fc", "cls", THREE, 12, (6, 6), scale="half", resize="crop")
+    (expected,) = jaxtl.load(run).predict_proba([answered[1] / "vit" / "image.jpg"])
+    shown = (answered[1] / "vit.shown").read_text().rpartition("[[")[2].rstrip("]\n").split()
+    assert np.ptp(expected) > 0.1
+    # Pillow cuts the square out and resizes in one step here: its borders may round to another level of 255.
+    np.testing.assert_allclose(np.array(shown, float), expected, rtol=0, atol=2e-3)
 
 
 def test_program_of_the_readme_cuts_texts_up_as_training_did(answered, text_run):
@@ -145,7 +159,7 @@ def test_signature_says_what_the_artifact_takes_and_gives(answered):
     assert signature["classes"] == ["fake", "real"]
     assert signature["platforms"] == ["cpu", "cuda", "tpu"]
     signature = json.loads((answered[1] / "vit" / "signature.json").read_text())
-    assert [(given["shape"], given["dtype"]) for given in signature["inputs"]] == [(["batch", 12, 12, 3], "uint8")]
+    assert [(given["shape"], given["dtype"]) for given in signature["inputs"]] == [(["batch", 6, 6, 3], "uint8")]
 
 
 def test_artifact_made_beside_a_gpu_is_right_on_a_cpu(text_run, our_logits, token_batch, tmp_path, monkeypatch):

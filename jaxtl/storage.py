@@ -2,10 +2,13 @@
 
 import contextlib
 import datetime
+import glob
 import os
 import re
+import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,6 +22,8 @@ from jaxtl.errors import UserError
 
 # How a folder is renamed that makes room for a new one.
 _ASIDE = "%Y%m%d-%H%M%S-%f"
+_TEMPORARY = ".tmp"
+_LEFT = 86400.0  # seconds after which nobody writes any more to what has a temporary name
 _ASIDE_NAME = re.compile(r".+\.\d{8}-\d{6}-\d{6}")
 
 
@@ -97,6 +102,15 @@ def write(path: Path, text: str) -> None:
         file.write(text)
 
 
+def _temporary(path: Path) -> Path:
+    """Returns another name beside a path, which no other process has; what killed ones have left there is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFT:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}"
+
+
 @contextlib.contextmanager
 def written_whole(path: Path, *, binary: bool = False) -> Iterator[IO]:
     """Opens a file to be written whole or not at all: under another name, which is changed when it is complete.
@@ -106,7 +120,7 @@ def written_whole(path: Path, *, binary: bool = False) -> Iterator[IO]:
     Raises:
         UserError: the folder does not exist, cannot be written to, or is full.
     """
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") if binary else temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
@@ -132,7 +146,7 @@ def folder_written_whole(path: Path, *, overwrite: bool = False) -> Iterator[Pat
         UserError: there is something already, or the folder cannot be written.
     """
     path = path.expanduser().resolve()
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = _temporary(path)
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: give the name of a folder")
@@ -140,7 +154,6 @@ def folder_written_whole(path: Path, *, overwrite: bool = False) -> Iterator[Pat
         if there and not overwrite:
             raise UserError(f"{path} is not empty: give another name, or --overwrite to move it aside")
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):

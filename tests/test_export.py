@@ -121,10 +121,13 @@ def test_overwriting_moves_the_old_folder_aside(folder, command, tmp_path):
 
 def test_empty_folder_is_filled_and_what_a_killed_process_left_is_cleared(folder, command, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "half").write_text("half")
+    left, others = tmp_path / ".out.0a1b2c3d.tmp", tmp_path / ".out.4e5f6a7b.tmp"
+    for unfinished in (left, others):
+        unfinished.mkdir()
+        (unfinished / "half").write_text("half")
+    os.utime(left, (0, 0))
     assert command(export, folder, tmp_path / "out")[0] == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(tmp_path.iterdir()) == [others, tmp_path / "out"]  # another process may be at work on that one
     assert not (tmp_path / "out" / "half").exists()
 
 

@@ -537,7 +537,7 @@ def test_start_that_failed_leaves_a_folder_that_can_be_used(tmp_path, monkeypatc
         patch.setattr(run.storage, "write", full)
         with pytest.raises(UserError, match="no space"):
             loop.train(experiment, tmp_path / "run")
-    (tmp_path / "run" / ".experiment.json.tmp").touch()
+    (tmp_path / "run" / ".experiment.json.0a1b2c3d.tmp").touch()
     assert loop.train(experiment, tmp_path / "run")["steps"] == 1
 
 

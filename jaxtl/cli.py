@@ -17,7 +17,7 @@ from jaxtl import hosts, interrupt
 from jaxtl.errors import Outage, UserError, suggest
 from jaxtl.storage import cache_folder
 
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def parser(module: ModuleType) -> Callable[[list[str]], list[str]]:

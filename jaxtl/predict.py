@@ -64,9 +64,9 @@ def run(argv: list[str]) -> None:
     folders, paths = _divided([remote.local(argument, without=["checkpoints"]) for argument in argv[1:]])
     output = _checked(folders, paths)
     # Slow imports come after the command line has been read.
-    from jaxtl.data import inputs
+    from jaxtl.data import folder, inputs
     from jaxtl.evaluation import answers
-    from jaxtl.progress import Bar
+    from jaxtl.progress import Bar, say
     from jaxtl.storage import written_whole
 
     quiet_libraries()
@@ -74,12 +74,18 @@ def run(argv: list[str]) -> None:
         file = sys.stdout
         if output:  # before the work is done
             file = opened.enter_context(written_whole(output))
+        elif file.isatty():
+            file.reconfigure(errors="replace")  # a terminal may not have every character
+        else:
+            file.reconfigure(encoding="utf-8", newline="")
         model = jaxtl.load(folders, ensemble=_ENSEMBLE.value or "mean", batch_size=_BATCH_SIZE.value)
         names, total = ", ".join(map(str, folders)), None
         if model.classifies == "images":
             if _TEXT.value or _COLUMN.value:
                 raise UserError(f"{names} classifies images: --text and --text_column are for runs on texts")
             inputs.check(paths, "images", names, "")
+            if others := folder.left_out(path for path in paths if path.is_dir()):
+                say(f"left out, not being images that are read: {others}")
             total = sum(1 for _ in inputs.images(paths))
             pairs = inputs.images(paths)
         else:
@@ -103,7 +109,12 @@ def run(argv: list[str]) -> None:
 
 def _divided(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Returns the run folders, which come first, and the inputs."""
-    is_run = [(path / "experiment.json").is_file() for path in arguments]
+    try:
+        is_run = [(path / "experiment.json").is_file() for path in arguments]
+    except OSError as error:
+        raise UserError(
+            f"{Path(error.filename).parts[0][:40]}..: {error.strerror}; a text itself is given with --text"
+        ) from None
     count = is_run.index(False) if False in is_run else len(is_run)
     if not arguments:
         raise UserError('give a run folder and inputs, as in `RUN tweets.csv`, `RUN photos/` or `RUN --text "..."`')
@@ -122,7 +133,7 @@ def _checked(folders: Sequence[Path], paths: Sequence[Path]) -> Path | None:
         )
     for path in paths:
         if not path.exists():
-            raise UserError(f"there is no file {path}")
+            raise UserError(f"there is no file {path}" + "; a text itself is given with --text" * (" " in path.name))
     if _ENSEMBLE.value and len(folders) < 2:
         raise UserError(f"--ensemble={_ENSEMBLE.value} puts several runs together: give two or more, or leave it out")
     if _TOP.value is not None and _TOP.value < 1:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -353,6 +354,28 @@ def test_texts_on_the_command_line_are_answered_on_standard_output(folder, model
         np.testing.assert_allclose([float(cell) for cell in row[4:-1]], [likely.max(), *likely], atol=6e-7)
 
 
+def test_answers_are_utf8_wherever_they_go_but_to_a_terminal(folder, model, monkeypatch):
+    from absl import flags
+    from absl.testing import flagsaver
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        predict.main(flags.FLAGS(["predict", str(folder), "--text", "garlic 🧄"]))
+    sys.stdout.flush()
+    assert "garlic 🧄" in written.getvalue().decode()
+
+
+def test_files_that_are_no_images_are_said_to_be_left_out(image_folders, loaded, command, photos, tmp_path):
+    for name in ("1.heic", "2.heic", ".hidden.txt"):
+        (tmp_path / name).touch()
+    shutil.copy(sorted((photos / "val" / "1").iterdir())[0], tmp_path)
+    status, shown, told = command(predict, image_folders["small"], tmp_path)
+    assert (status, len(table(shown)[1])) == (0, 1)
+    assert "left out, not being images that are read: 2 .heic" in told
+
+
 def test_files_are_answered_record_by_record_whatever_their_format(folder, loaded, model, command, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n\n" for text in TEXTS), encoding="utf-8")
     with (tmp_path / "b.csv").open("w", encoding="utf-8", newline="") as file:
@@ -503,6 +526,8 @@ def test_mistakes_are_one_line_and_leave_no_half_of_a_file(
         ((folder, "nothing", *out), "nothing is a folder, and"),
         ((folder, "cat.jpg", *out), "cat.jpg is an image, and"),
         ((folder, "cat.jpeg2000", *out), "there is no file cat.jpeg2000"),
+        ((folder, "a mask", *out), "there is no file a mask; a text itself is given with --text"),
+        ((folder, "a long mask " * 30, *out), "File name too long; a text itself is given with --text"),
         ((images, "good.txt", *out), "good.txt is a file of texts, and"),
         ((images, "nothing", *out), "nothing holds no images; their names end in .jpg"),
         ((images, "--text", "a mask"), "classifies images: --text and --text_column are for runs on texts"),
@@ -567,7 +592,6 @@ def test_the_benchmark_measures_prediction_and_the_same_batches_alone(folder, te
 
 def test_importing_the_package_imports_no_jax():
     import subprocess
-    import sys
 
     code = "import sys, jaxtl; assert not {'jax', 'numpy', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

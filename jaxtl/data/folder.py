@@ -1,7 +1,8 @@
 """Image folders: one folder a class."""
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from PIL import Image
 from jaxtl import config
 from jaxtl.data.listing import Listing, Track
 from jaxtl.errors import UserError
+from jaxtl.progress import say
 
 _TRAIN = ("train", "training")
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LAYOUT = (
     "an image folder is DIR/train/CLASS/IMAGE beside DIR/val/CLASS/IMAGE (or validation, or test), or "
     f"DIR/CLASS/IMAGE, two classes or more; images end in {', '.join(EXTENSIONS)}"
@@ -44,6 +46,8 @@ def image_folder(data: config.Images, show_progress: Track) -> list[Listing]:
     if unknown := sorted(set(found[-1]) - set(names)):
         raise UserError(f"{splits[-1]} has classes that {splits[0]} has not: {', '.join(unknown)}")
 
+    if others := left_out(splits):
+        say(f"left out of {root}, not being images that are read: {others}")
     listings = []
     for split, classes in zip(splits, found, strict=True):
         pairs = [(path, label) for label, name in enumerate(names) for path in classes.get(name, ())]
@@ -54,6 +58,19 @@ def image_folder(data: config.Images, show_progress: Track) -> list[Listing]:
         ids = [path.relative_to(root).as_posix() for path in paths]
         listings.append(Listing(labels, names, ids, paths, lambda run: [partial(Image.open, path) for path in run]))
     return listings
+
+
+def left_out(folders: Iterable[Path]) -> str:
+    """Returns how many files below folders have the suffix of no image, in words; '' where all have."""
+    counts = Counter(
+        path.suffix.lower() or path.name
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.suffix.lower() not in EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(10))
 
 
 def _held_out(chosen: str, train: str, folders: dict[str, Path], root: Path) -> list[Path]:

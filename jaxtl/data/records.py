@@ -18,6 +18,7 @@ _Columns = Sequence[tuple[str, str]]  # (name, the setting that gives it)
 # (number, the values of the columns, or why they cannot be had). What ends the reading is raised.
 _Rows = Iterator[tuple[int, list[Any] | UserError]]
 
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 _PROBED = 20  # records of which one must be readable, or the file is not what it should be
 _PARQUET_ROWS = 1024  # held in memory at once
 
@@ -119,6 +120,8 @@ def _string(value: Any, path: Path, number: int, column: str) -> str:
 
 
 def _positions(names: Sequence[str], columns: _Columns, where: str) -> list[int]:
+    if not names:
+        raise UserError(f"{where} has no columns: it is empty")
     for column, setting in columns:
         if names.count(column) > 1:
             raise UserError(f"{where} has {names.count(column)} columns {column!r}; rename all but one")
@@ -163,19 +166,34 @@ def _csv(path: Path, columns: _Columns, delimiter: str = ",") -> _Rows:
     # Strict: a quote that is never closed is an error, and does not take the rest of the file for one field.
     rows = csv.reader(_undamaged(_lines(path)), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip() for name in next(rows, [])]
-        positions = _positions(header, columns, str(path))
-        for number, row in enumerate(filter(None, rows), 1):  # a blank line is no record
-            if len(row) == len(header):
-                yield number, [row[position] for position in positions]
-                continue
-            yield (
-                number,
-                UserError(
-                    f"{path}, record {number}: {len(row)} fields, and the header has {len(header)}; put double quotes "
-                    f"around fields with a {'tab' if delimiter != ',' else 'comma'} or a line break"
-                ),
+        filled = filter(None, rows)  # a blank line is no record
+        header = [name.strip() for name in next(filled, [])]
+        if len(header) == 1 and (other := next((mark for mark in _SEPARATORS if mark in header[0]), None)):
+            raise UserError(
+                f"{path}: its columns seem to be divided by {_SEPARATORS[other]}: save it with commas, or with tabs as "
+                ".tsv"
             )
+        positions = _positions(header, columns, str(path))
+        for number, row in enumerate(filled, 1):
+            if len(row) != len(header):
+                yield (
+                    number,
+                    UserError(
+                        f"{path}, record {number}: {len(row)} fields, and the header has {len(header)}; put double "
+                        f"quotes around fields with a {'comma' if delimiter == ',' else 'tab'} or a line break"
+                    ),
+                )
+            elif delimiter == "\t" and any("\t" in field for field in row):
+                # A quote that a text begins with was taken for one around the field, and the next record for its end.
+                yield (
+                    number,
+                    UserError(
+                        f"{path}, record {number}: a tab within double quotes, as where a text begins with one: put "
+                        "double quotes around that field, and double those inside it; or take the tab out"
+                    ),
+                )
+            else:
+                yield number, [row[position] for position in positions]
     except csv.Error as error:
         raise UserError(
             f"{path}: the record that ends in line {rows.line_num} is damaged ({error}); close every double quote, and "
@@ -199,6 +217,8 @@ def _json_lines(path: Path, columns: _Columns) -> _Rows:
 def _json_values(line: str | UserError, columns: _Columns, where: str) -> list[Any]:
     if isinstance(line, UserError):
         raise line
+    if line.lstrip().startswith("["):
+        raise UserError(f"{where}: a list; each line is one object {{..}}: write those of the list a line each")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -151,6 +151,7 @@ def _draw(listing: Listing | Texts, size: int, seed: int, setting: str) -> tuple
         raise UserError(
             f"{setting} would draw {size} of {total} examples; a draw stratified by {present} classes takes at least "
             f"{present} and leaves at least {present}, or takes all"
+            + (": is data.label_column the column of the labels?" if present == total > 1 else "")
         )
     if (alone := np.flatnonzero(counts == 1)).size:
         names = ", ".join(listing.class_names[label] for label in alone)

@@ -18,6 +18,7 @@ from jaxtl.data import folder
 from jaxtl.data.listing import Listing, Track
 from jaxtl.errors import UserError, suggest
 
+_DRAWN = "train"  # of `data.eval_split`: drawn from the training split, whatever that is
 LAYOUT = "a tfds data dir is DIR/NAME/VERSION/dataset_info.json or DIR/NAME/CONFIG/VERSION/dataset_info.json"
 
 # tfds prepares data sets with tensorflow, which jaxtl never imports: it would take the accelerator's memory. So it is
@@ -55,8 +56,6 @@ def tensorflow_datasets(data: config.Images, show_progress: Track) -> list[Listi
     def example(record: bytes) -> Any:
         return tf_example_pb2.Example.FromString(record).features.feature
 
-    held_out = data.eval_split or next((name for name in ("test", "validation") if name in builder.info.splits), "")
-
     def listing(field: str, split: str) -> Listing:
         raw = tfds.decode.DeserializeMethod.RAW_BYTES  # six times as fast as decoding all but the image
         try:
@@ -93,9 +92,35 @@ def tensorflow_datasets(data: config.Images, show_progress: Track) -> list[Listi
         ids = [f"{split}:{row}" for row in range(len(labels))]
         return Listing(np.array(labels, np.int32), class_names, ids, range(len(labels)), read)
 
-    if held_out in ("", data.train_split):
-        return [listing("train_split", data.train_split)]
-    return [listing("train_split", data.train_split), listing("eval_split", held_out)]
+    def records_of(split: str) -> list[tuple[str, int, int]]:
+        """Returns (split on the disk, start, stop) of the parts that it is made of."""
+        found = []
+        for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits):
+            size = builder.info.splits[part.splitname].num_examples
+            found.append((part.splitname, part.from_ or 0, size if part.to is None else part.to))
+        return found
+
+    def overlaps(split: str) -> bool:
+        return any(
+            name == other and max(start, first) < min(stop, last)
+            for name, start, stop in records_of(data.train_split)
+            for other, first, last in records_of(split)
+        )
+
+    train = listing("train_split", data.train_split)
+    held_out = data.eval_split
+    if not held_out:
+        usual = [name for name in ("test", "validation") if name in builder.info.splits]
+        held_out = next((name for name in usual if not overlaps(name)), _DRAWN)
+    if held_out in (_DRAWN, data.train_split):
+        return [train]
+    found = [train, listing("eval_split", held_out)]
+    if overlaps(held_out):
+        raise UserError(
+            f"data.eval_split={held_out} holds examples of data.train_split={data.train_split}, which the model would "
+            f"be judged by: name splits apart, or data.eval_split={_DRAWN} to draw from the training split"
+        )
+    return found
 
 
 def prepared_sets(root: Path) -> dict[str, list[Path]]:

@@ -163,6 +163,7 @@ def _save(path: Path, ragged: Ragged) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             temporary = file.name
             np.savez(file, values=ragged.values, offsets=ragged.offsets, digest=_digest(ragged))
+        os.chmod(temporary, path.parent.stat().st_mode & 0o666)  # tempfile lets nobody else read it
         os.replace(temporary, path)
     except OSError as error:
         say(f"{path.parent} cannot be written to ({error.strerror or error}): the texts are tokenised anew each time")

@@ -110,6 +110,7 @@ def _read(folder: Path, name: str) -> Run:
 
 def _texts(table: Path) -> dict[str, str]:
     """Returns text by id; nothing where there is no table, or one without texts."""
+    csv.field_size_limit(2**31 - 1)  # as texts are read: the default is less than a long article
     try:
         with table.open(encoding="utf-8", newline="") as file:
             return {row["id"]: row["text"] for row in csv.DictReader(file)}

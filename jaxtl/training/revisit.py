@@ -1,6 +1,7 @@
 """A finished run, evaluated on other examples than it was judged by."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from jaxtl.training.setup import batch_lengths, describe
 FOLDER = "evaluations"
 # Settings that do not make it another model; of the data, those do that say what the numbers of the classes mean.
 _FREE = ("data.", "train.eval_batch_size", "train.precision")
+# That say which examples are meant: evaluations of others lie beside each other.
+_FILES = ("dir", "name", "test", "eval_split")
 _FIXED = ("data.classes", "data.tokenizer")
 
 
@@ -95,11 +98,29 @@ def evaluate(folder: Path, assignments: Sequence[str]) -> tuple[dict[str, Any], 
         **found.metrics,
         **run.environment(),
     }
+    name = _free(target, name, data)
     path = target / f"{name}.json"
     storage.write(path, json.dumps(figures, indent=2) + "\n")
     if found.logits is not None:
         predictions.write_table(target / f"{name}.{predictions.TABLE}", examples, found.logits)
     return found.metrics, name, path
+
+
+def _free(target: Path, name: str, data: config.Data) -> str:
+    """Returns the name, or one with a number behind it where an evaluation of other data has that."""
+    numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(name for name in numbered if _of_same(target / f"{name}.json", data))
+
+
+def _of_same(path: Path, data: config.Data) -> bool:
+    """Whether there is no such evaluation yet, or one of the same files."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return [found.get(name) for name in _FILES] == [getattr(data, name, None) for name in _FILES]
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whatever it is, it is nobody's
+        return True
 
 
 def _check_classes(found: Sequence[str], trained: Sequence[str]) -> None:

@@ -105,10 +105,10 @@ def test_texts_come_one_by_one_the_given_ones_first(tmp_path):
 
 
 def test_images_of_folders_come_sorted_and_those_named_whatever_their_suffix(tmp_path):
-    names = ["b/2.png", "b/10.JPG", "b/a/1.webp", "c.bmp", ".hidden/x.png", "b/.x.png", "b/notes.txt", "b/x.tiff"]
+    names = ["b/2.png", "b/10.JPG", "b/a/1.webp", "c.bmp", ".hidden/x.png", "b/.x.png", "b/notes.txt", "b/x.heic"]
     for name in names:
         touch(tmp_path / "photos" / name)
-    single = touch(tmp_path / "scan.tiff")
+    single = touch(tmp_path / "scan.heic")
     found = [path for _, path in inputs.images([single, tmp_path / "photos"])]
     assert found == [single, *(tmp_path / "photos" / name for name in ("b/10.JPG", "b/2.png", "b/a/1.webp", "c.bmp"))]
     assert [origin for origin, _ in inputs.images([single])] == [Origin(str(single))]

@@ -117,6 +117,15 @@ def test_nested_and_upper_case_files_count_and_hidden_and_other_files_do_not(fol
     assert len(train.ids) == 21
 
 
+def test_files_with_the_suffix_of_no_image_are_said_to_be_left_out(folder, capsys):
+    for name in ("ant/1.heic", "ant/deep/2.HEIC", "bee/notes.txt", "bee/.hidden", ".cache/x.heic", "bee/x.tif"):
+        path = folder / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, "TIFF")
+    assert len(load(dir=str(folder))[0].ids) == 21
+    assert f"left out of {folder}, not being images that are read: 2 .heic, 1 .txt" in capsys.readouterr().err
+
+
 def test_the_split_that_eval_split_names_wins_over_the_others(folder):
     write_images(folder / "test", {"ant": 1, "bee": 2})
     assert len(load(dir=str(folder))[1].ids) == 8  # val: a test split is not for choosing models by
@@ -548,6 +557,31 @@ def test_slices_of_splits_are_splits(tmp_path):
     train, held_out = load(dir=str(tmp_path), train_split="train[:50%]", eval_split="train[50%:]")
     assert (len(train.ids), len(held_out.ids)) == (12, 12)
     assert held_out.inputs[0, 0, 0, 0] == 12
+
+
+@pytest.mark.parametrize(
+    ("train_split", "eval_split"),
+    [
+        ("train", "train[90%:]"),
+        ("train+test", "test"),
+        ("train[:60%]", "train[50%:]"),
+        ("train[5:7]", "test+train[6:]"),
+    ],
+)
+def test_splits_that_overlap_are_refused(tmp_path, train_split, eval_split):
+    write_tfds(tmp_path)
+    with pytest.raises(UserError, match=r"holds examples of data\.train_split=.* data\.eval_split=train to draw"):
+        load(dir=str(tmp_path), train_split=train_split, eval_split=eval_split)
+
+
+@pytest.mark.parametrize(
+    ("train_split", "eval_split"), [("train+test", ""), ("train[:50%]", "train"), ("train", "train")]
+)
+def test_held_out_part_is_drawn_where_the_usual_split_overlaps_or_it_is_asked_for(tmp_path, train_split, eval_split):
+    write_tfds(tmp_path)
+    train, held_out = load(dir=str(tmp_path), train_split=train_split, eval_split=eval_split)
+    assert not set(train.ids) & set(held_out.ids)
+    assert len(held_out.ids) == round(0.2 * (len(train.ids) + len(held_out.ids)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs side by side: which are one row, which may be tested against each other, and what is said of the others."""
 
 import base64
+import csv
 import dataclasses
 import io
 import json
@@ -299,6 +300,18 @@ def test_no_run_left_is_an_error_that_says_what_was_left_out(run, tmp_path):
     (run("unfinished") / "result.json").unlink()
     with pytest.raises(UserError, match=r"no finished run to compare: .*unfinished: not finished"):
         runs.read([tmp_path / "unfinished"])
+
+
+def test_long_text_does_not_hide_the_others(write_run, tmp_path):
+    experiment = config.Experiment(config.Model("minilm_l6"), config.Text())
+    texts = ["short", "long " * 30_000]
+    folder = write_run(tmp_path / "a", experiment, ("no", "yes"), ("1", "2"), (0, 1), [[0.0], [1.0]], texts)
+    limit = csv.field_size_limit(131_072)  # as in a process that has read no file of texts
+    try:
+        (found,), _ = runs.read([folder])
+    finally:
+        csv.field_size_limit(limit)
+    assert found.texts == dict(zip("12", texts, strict=True))
 
 
 DAMAGE = {

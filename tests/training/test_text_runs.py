@@ -487,6 +487,19 @@ def test_evaluation_refuses_another_model_a_label_never_seen_and_a_run_that_is_n
     assert after == before
 
 
+def test_evaluations_of_files_of_one_name_lie_beside_each_other(tuned, text_folder, tmp_path, read_json):
+    folder, _ = tuned
+    written = []
+    for name in ("a", "b", "a"):
+        path = tmp_path / name / "same.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text((text_folder / ("val.csv" if name == "a" else "test.csv")).read_text())
+        written.append(revisit.evaluate(folder, [f"data.test={path}"])[2])
+    assert [path.name for path in written] == ["same.json", "same-2.json", "same.json"]
+    assert [read_json(path)["examples"] for path in written] == [60, 62, 60]
+    assert written[1].with_name("same-2.predictions.csv").is_file()
+
+
 def test_evaluation_needs_no_room_for_a_cache(base, tmp_path, text_folder):
     """A run whose cache just fitted is evaluated on any number of texts."""
     budget = (64 + 60) * 32 * 4 / 1e9

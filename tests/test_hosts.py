@@ -26,7 +26,7 @@ IMAGES, lines = interrupted.IMAGES, interrupted.lines
 FAULTS = Path(__file__).parent / "faults.py"
 
 
-def start(experiment, workdir, processes, moments=(), devices=1):
+def start(experiment, workdir, processes, moments=(), devices=1, report=False):
     """Begins the command in so many processes; `moments` are those of `faults`, by process."""
     path = workdir.parent / "experiment.json"
     path.write_text(config.to_json(experiment))
@@ -39,7 +39,9 @@ def start(experiment, workdir, processes, moments=(), devices=1):
         environment = {
             "JAXTL_CACHE": str(workdir.parent / "cache"),
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,  # the same programs in many tests
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Compiled for a few steps: the less is done about it, the sooner it is over.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "JAXTL_TEST_REPORT": str(report),
         }
         moment = moments[number] if number < len(moments) else ""
         output = (workdir.parent / f"output-{number}").open("wb")
@@ -94,7 +96,7 @@ def assert_same(folder, other, exactly):
 def two(tmp_path_factory):
     """A folder of a run of two processes that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    statuses, outputs = run(IMAGES, workdir, 2)
+    statuses, outputs = run(IMAGES, workdir, 2, report=True)
     assert statuses == [0, 0], outputs
     assert "report" in outputs[0]
     # The first one talks; Gloo itself says that it is connected.

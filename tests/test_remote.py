@@ -435,8 +435,17 @@ def test_no_access_is_a_mistake_and_an_outage_is_not(server, machine, settings, 
 
 # --- the real command, killed ------------------------------------------------------------------------------
 
-RUN = "import sys; sys.path.append(sys.argv[1]); from jaxtl import remote; remote.EVERY = 0.05; import faults; "
-RUN += "faults.main(sys.argv[2], sys.argv[3:])"
+# gcsfs tries a request six times, in half a minute: here in a second and a half.
+RUN = """
+import asyncio, sys, types
+import gcsfs.retry
+gcsfs.retry.asyncio = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 20))
+sys.path.append(sys.argv[1])
+from jaxtl import remote
+remote.EVERY = 0.05
+import faults
+faults.main(sys.argv[2], sys.argv[3:])
+"""
 
 
 def command_line(tmp_path, machine, settings, moment="SIGKILL@", *flags):

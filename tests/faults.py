@@ -33,7 +33,8 @@ def main(moment: str, arguments: list[str]) -> None:
     from jaxtl import cli
     from jaxtl import main as command
 
-    if os.environ.get("JAXTL_TEST_REPORT") == "False":
+    # Not where a signal comes while libraries are loaded.
+    if os.environ.get("JAXTL_TEST_REPORT") == "False" and not where[:1].isdigit():
         from jaxtl.training import account
 
         account.write = lambda *_: []  # which takes longer than to train one of the tests' networks

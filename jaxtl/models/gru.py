@@ -38,20 +38,14 @@ def last_states(forward: Gru, backward: Gru, x: Sequence, dtype: jnp.dtype) -> j
     no token, which for the reversed one is at the start. The state is float32, operands of products have `dtype`.
     """
     directions = (forward, backward)
-    length = x.values.shape[1]
 
     def both(name: str) -> list[jax.Array]:
         return [getattr(direction, name)[...] for direction in directions]
 
-    # Examples come first as long as they can: on several devices each then has its own.
     inputs = kernels.matmul(x.values, jnp.concatenate(both("input_kernel"), axis=-1), None, dtype)
-    inputs = (inputs + jnp.concatenate(both("input_bias"))).swapaxes(0, 1)
-    ahead, back = jnp.split(inputs, 2, axis=-1)  # [length, batch, 3 * hidden]
-    within = jnp.arange(length)[:, None] < x.lengths
-    within = jnp.stack([within, within[::-1]], axis=1)[..., None]
     states = _scan(
-        (ahead, back[::-1]),
-        within,
+        inputs + jnp.concatenate(both("input_bias")),
+        x.lengths,
         jnp.stack(both("recurrent_kernel")),
         jnp.stack(both("recurrent_bias"))[:, None],
         dtype,
@@ -60,9 +54,7 @@ def last_states(forward: Gru, backward: Gru, x: Sequence, dtype: jnp.dtype) -> j
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _scan(
-    inputs: tuple[jax.Array, jax.Array], within: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
+def _scan(inputs: jax.Array, lengths: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the last states, [2, batch, hidden] float32.
 
     The derivative is written by hand. All that the gradient of a state is multiplied by is known when the loop goes
@@ -71,12 +63,13 @@ def _scan(
     the kernel has there.
 
     Args:
-        inputs: `W x + b` of each direction in its own order, [length, batch, 3 * hidden] float32.
-        within: bool [length, 2, batch, 1], whether there is a token.
+        inputs: `W x + b` of both directions side by side, [batch, length, 6 * hidden] float32. Examples come first
+            wherever they can: on several devices each then has its own.
+        lengths: int32 [batch].
         kernel, bias: recurrent ones of both, [2, hidden, 3 * hidden] and [2, 1, 3 * hidden].
         dtype: of the products' operands.
     """
-    return _scan_forward(inputs, within, kernel, bias, dtype)[0]
+    return _scan_forward(inputs, lengths, kernel, bias, dtype)[0]
 
 
 def _products(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -93,34 +86,50 @@ def _gates(inputs: jax.Array, recurrent: jax.Array) -> tuple[jax.Array, ...]:
     return r, z, jnp.tanh(input_n + r * recurrent_n), recurrent_n
 
 
-def _scan_forward(inputs, within, kernel, bias, dtype):
+def _in_turn(ahead: jax.Array, back: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what both directions meet, as they meet it: [batch, length, n] -> [length, batch, n], `back` reversed."""
+    return ahead.swapaxes(0, 1), back[:, ::-1].swapaxes(0, 1)
+
+
+def _in_place(met: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what both directions have met where it belongs: [length, 2, batch, n] -> [batch, length, n] of each."""
+    return met[:, 0].swapaxes(0, 1), met[::-1, 1].swapaxes(0, 1)
+
+
+def _tokens(inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Returns where there is a token, bool [batch, length, 1]."""
+    return (jnp.arange(inputs.shape[1]) < lengths[:, None])[..., None]
+
+
+def _scan_forward(inputs, lengths, kernel, bias, dtype):
     operand = kernel.astype(dtype)
 
     def step(h, now):
-        inputs, within = now
-        _, z, n, _ = _gates(jnp.stack(inputs), _products(h, operand, dtype) + bias)
-        return jnp.where(within, (1 - z) * n + z * h, h), h
+        inputs, tokens = (jnp.stack(pair) for pair in now)
+        _, z, n, _ = _gates(inputs, _products(h, operand, dtype) + bias)
+        return jnp.where(tokens, (1 - z) * n + z * h, h), h
 
-    start = jnp.zeros((2, inputs[0].shape[1], kernel.shape[1]), jnp.float32)
-    states, before = lax.scan(step, start, (inputs, within))
-    return states, (before, inputs, within, kernel, bias)
+    start = jnp.zeros((2, inputs.shape[0], kernel.shape[1]), jnp.float32)
+    tokens = _tokens(inputs, lengths)
+    met = _in_turn(*jnp.split(inputs, 2, axis=-1)), _in_turn(tokens, tokens)
+    states, before = lax.scan(step, start, met)
+    return states, (before, inputs, lengths, kernel, bias)
 
 
 def _scan_backward(dtype, saved, gradient):
-    before, inputs, within, kernel, bias = saved
-    # Of each direction, examples first: the states before each step, and the derivatives of what is summed in r, z and
-    # n, and in the recurrent part of n, by the state after it.
-    states = [h.swapaxes(0, 1) for h in before.swapaxes(0, 1)]
-    of_n, of_sums, of_before = [], [], []
-    for direction, h in enumerate(states):
+    before, inputs, lengths, kernel, bias = saved
+    tokens = _tokens(inputs, lengths)
+    # Of each direction: the states before each step, and the derivatives by the state after it of what is summed in n,
+    # of what is summed in r and z and of the recurrent part of n, and of the state before by n's and z's mixing alone.
+    states, of_n, of_sums, of_before = _in_place(before), [], [], []
+    for direction, (h, given) in enumerate(zip(states, jnp.split(inputs, 2, axis=-1), strict=True)):
         recurrent = kernels.matmul(h, kernel[direction], None, dtype) + bias[direction]
-        r, z, n, recurrent_n = _gates(inputs[direction].swapaxes(0, 1), recurrent)
-        token = within[:, direction].swapaxes(0, 1)
-        by_n = jnp.where(token, (1 - z) * (1 - n * n), 0.0)
-        by_z = jnp.where(token, (h - n) * z * (1 - z), 0.0)
+        r, z, n, recurrent_n = _gates(given, recurrent)
+        by_n = jnp.where(tokens, (1 - z) * (1 - n * n), 0.0)
+        by_z = jnp.where(tokens, (h - n) * z * (1 - z), 0.0)
         of_n.append(by_n)
         of_sums.append(jnp.concatenate([by_n * recurrent_n * r * (1 - r), by_z, by_n * r], axis=-1))
-        of_before.append(jnp.where(token, z, 1.0))
+        of_before.append(jnp.where(tokens, z, 1.0))
     transposed = kernel.astype(dtype).swapaxes(1, 2)  # once, and not in the loop
 
     def step(gradient, now):
@@ -129,18 +138,15 @@ def _scan_backward(dtype, saved, gradient):
         back = _products(of_sums * jnp.tile(gradient, 3), transposed, dtype)
         return gradient * of_before + back, gradient
 
-    in_order = jax.tree.map(lambda x: x.swapaxes(0, 1), (tuple(of_sums), tuple(of_before)))
-    _, after = lax.scan(step, gradient, in_order, reverse=True)
+    _, after = lax.scan(step, gradient, (_in_turn(*of_sums), _in_turn(*of_before)), reverse=True)
 
     of_inputs, of_kernel, of_bias = [], [], []
-    for direction, h in enumerate(states):
-        gradients = after[:, direction].swapaxes(0, 1)
-        rows = of_sums[direction] * jnp.tile(gradients, 3)
+    for h, gradients, by_n, by_sums in zip(states, _in_place(after), of_n, of_sums, strict=True):
+        rows = by_sums * jnp.tile(gradients, 3)
         of_kernel.append(kernels.outer(h, rows, dtype))
         of_bias.append(jnp.sum(rows, axis=(0, 1)))
-        of_rz, _ = jnp.split(rows, [2 * h.shape[-1]], axis=-1)
-        of_inputs.append(jnp.concatenate([of_rz, of_n[direction] * gradients], axis=-1).swapaxes(0, 1))
-    return tuple(of_inputs), None, jnp.stack(of_kernel), jnp.stack(of_bias)[:, None]
+        of_inputs += [rows[..., : 2 * h.shape[-1]], by_n * gradients]
+    return jnp.concatenate(of_inputs, axis=-1), None, jnp.stack(of_kernel), jnp.stack(of_bias)[:, None]
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -119,7 +119,8 @@ def describe(
         tokens_kept = most if token_count is None else token_count
         cache_bytes = plan.cache_bytes(activations, examples, tokens_kept, experiment.plan.cache_dtype)
         cache_bytes = -(-cache_bytes // hosts.count())
-        share = _prefix_share(net, boundary, activations)
+        if experiment.plan.cache == "auto":  # else nobody asks
+            share = _prefix_share(net, boundary, activations)
     width = getattr(net.config, "width", None)  # a convolutional network has no single one
     optimizer = optim.optimizer(experiment.optim, freeze.trained(labels), steps, width)
     decided = plan.make(experiment, boundary, cache_bytes, passes, share)
